@@ -1,0 +1,165 @@
+"""Every field once, with its published default and source; presets only override.
+
+Defaults are those of Di[M]O on ImageNet-256 (arXiv:2503.15457 and its released configuration), with
+a MaskGIT teacher. "update" means fake-score update unless a field says generator update.
+"""
+
+from ml_collections import ConfigDict
+
+
+def _optimizer(**fields) -> ConfigDict:
+  """One optimiser; see OptimizerSpec."""
+  config = ConfigDict()
+  config.name = "adam"  # "adam" or "adamw"
+  config.learning_rate = 1e-5
+  config.b1 = 0.9
+  config.b2 = 0.999
+  config.eps = 1e-8  # the release takes 1e-6 in its 16-bit runs; parameters here are float32
+  config.weight_decay = 0.0  # "adamw" only
+  config.clip_norm = 0.0  # global norm of the gradient; 0 is off
+  config.schedule = "constant"  # after the warm-up: "constant" or "cosine"
+  config.num_warmup = 100  # updates of linear warm-up from 0
+  config.final_fraction = 1.0  # where a cosine ends, as a fraction of learning_rate
+  config.update(fields)
+  return config
+
+
+def get_config() -> ConfigDict:
+  """The defaults."""
+  config = ConfigDict()
+  config.seed = 0  # of parameters, data order and every draw
+  config.objective = "dimo"  # a key of OBJECTIVES
+
+  config.data = data = ConfigDict()
+  data.name = "labels"  # a key of SOURCES, or "labels": classes only, no images
+  data.path = ""  # file of a source that reads one
+  data.num_classes = 1000
+
+  config.tokenizer = tokenizer = ConfigDict()
+  tokenizer.name = "none"  # a key of TOKENIZERS; "none" trains on tokens without pictures
+  tokenizer.patch_size = 16  # pixels along a token's side
+  tokenizer.grid_size = 16  # tokens along the image's side
+  tokenizer.codebook_size = 1024
+
+  config.model = model = ConfigDict()  # generator, fake score and teacher alike
+  model.hidden_dim = 768
+  model.num_layers = 24
+  model.num_heads = 16
+  model.mlp_dim = 3072
+  model.dropout = 0.1  # the rate, where dropout is active (teacher.pretrain, dimo.dropout)
+  model.scan_layers = True  # one compiled block run num_layers times: compile time constant
+
+  config.precision = precision = ConfigDict()
+  precision.compute_dtype = "float32"  # of activations: "float32" or "bfloat16"
+  precision.teacher_dtype = "float32"  # of the frozen teacher's stored parameters
+
+  config.mesh = mesh = ConfigDict()
+  mesh.fsdp = 1  # devices that share one copy of the parameters; the rest is data parallel
+  # (regex on a parameter's path, dimension to split or None); else the largest that divides.
+  mesh.rules = ()
+
+  config.teacher = teacher = ConfigDict()
+  teacher.name = "maskgit"  # a key of TEACHERS
+  # A trained teacher: a .safetensors file (ours or with the published key names), a directory with
+  # teacher.safetensors, "random" for random weights, or "" to train one first.
+  teacher.path = ""
+
+  teacher.pretrain = pretrain = ConfigDict()
+  pretrain.num_steps = 0
+  pretrain.batch_size = 256
+  pretrain.mask_schedule = "arccos"  # a key of MASK_SCHEDULES
+  pretrain.mask_kind = "exact"  # "exact" counts, or "bernoulli" (MaskGIT v1)
+  pretrain.loss_positions = "masked"  # "masked", or "all" (MaskGIT v1)
+  pretrain.label_smoothing = 0.1
+  pretrain.condition_drop_rate = 0.1  # for guidance
+  pretrain.dropout = True
+  pretrain.ema_decay = 0.9999
+  # MaskGIT v1: AdamW (0.9, 0.96), weight decay 1e-5, clip 1.
+  pretrain.optim = _optimizer(
+    name="adamw", learning_rate=1e-4, b2=0.96, weight_decay=1e-5, clip_norm=1.0
+  )
+
+  teacher.decoding = decoding = ConfigDict()  # MaskGIT decoding for evaluation and pictures
+  decoding.num_steps = 12  # of the pictures; evaluation has its own list
+  decoding.schedule = "arccos"  # "root", "linear", "square", "cosine" or "arccos"
+  decoding.order = "confidence"  # "confidence", "random", "warm_up", "greedy" or "halton"
+  decoding.order_temperature = 4.5  # of the Gumbel noise on the confidence
+  decoding.temperature = 1.0
+  decoding.top_k = 0  # 0 is off
+  decoding.top_p = 0.0  # 0 is off
+  decoding.allow_mask_token = True  # as released: a drawn mask id is clamped to the last code
+  decoding.guidance_scale = 4.0  # 1 is none; the release's w = 3 ends its ramp at w + 1
+  decoding.guidance_ramp = True  # linear from 1 over the steps
+  decoding.halton_roll = False  # "halton": random offset per sample
+  decoding.rewrite_revealed = False  # "halton": as the original; for teachers trained on all tokens
+
+  config.dimo = dimo = ConfigDict()  # Di[M]O
+  dimo.r_init = 0.6  # share of initial tokens that are masked; 1 collapses, near 0 is unstable
+  dimo.r_init_high = 0.6  # above r_init: one ratio an update, uniform on [r_init, r_init_high]
+  dimo.sigma_schedule = "fixed"  # or a warm-up from 0 to 1: "linear", "exponential", "cosine"
+  dimo.sigma = 0.1  # embedding perturbation where the schedule is "fixed"; 0 is off
+  dimo.sigma_num_warmup = 10_000  # updates, the scale of the warm-ups
+  dimo.divergence = "jeffreys"  # a key of DIVERGENCES
+  dimo.jeffreys_beta = 0.0  # 0 is forward KL, 1 reverse; the paper's best is -0.2
+  dimo.weighting = "none"  # as released; "teacher_gap" is the paper's optional weight
+  dimo.reduction = "sum"  # of the loss over tokens and outputs: "sum" (over batch size) or "mean"
+  dimo.matching_weight = 1.0  # factor of the generator's loss
+  dimo.mask_schedule = "arccos"  # of the generator's samples in its own loss
+  dimo.fake_mask_schedule = "arccos"  # in the fake score's loss
+  dimo.teacher_guidance = 2.0  # scale in training; 1 is none
+  dimo.adaptive_guidance = False  # scale 1 + (teacher_guidance - 1) * mask ratio
+  dimo.fake_guidance = 1.0  # of the fake score, where it is compared with the teacher
+  dimo.fake_train_guidance = 1.0  # of the fake score in its own loss
+  dimo.fake_condition_drop = 0.1  # there, dropped conditions; only with guidance in its loss
+  dimo.generator_temperature = 1.0  # of the tokens drawn in training
+  dimo.teacher_temperature = 1.0  # of the target distribution
+  dimo.fake_temperature = 1.0  # of the fake distribution
+  dimo.top_k = 0  # filters on the tokens drawn in training; 0 is off
+  dimo.top_p = 0.0
+  dimo.allow_mask_token = False  # True as released: a generator may emit the mask id
+  dimo.label_smoothing = 0.1  # of the fake score's loss (in the code, not in the paper)
+  dimo.soft_target_weight = 0.0  # fake score: 0 hard tokens, 1 the generator's distribution
+  dimo.soft_temperature = 1.0  # of that distribution
+  dimo.fake_rounds = 1  # fake-score updates for each generator update
+  dimo.dropout = False  # True as released: dropout active in all three networks, the teacher too
+
+  config.optim = optim = ConfigDict()
+  optim.generator = _optimizer(clip_norm=1.0)
+  optim.fake_score = _optimizer()
+  # Regexes on parameters that neither generator nor fake score trains.
+  optim.frozen = ("^token_embedding$", "^position_embedding$", "^output_bias$")
+
+  config.train = train = ConfigDict()
+  train.num_steps = 50_000  # generator updates
+  train.batch_size = 128  # samples of one micro-batch over all devices
+  train.accumulation = 1  # micro-batches averaged into one update
+  train.ema_decay = 0.9999  # the rate is min(ema_decay, (1 + k) / (10 + k)) at update k
+  train.ema_every_steps = 1  # generator updates between two updates of the average
+
+  config.sampling = sampling = ConfigDict()  # one-step, at test time; r_init, sigma as trained
+  sampling.temperature = 1.0  # the release's FID-50k is best at 7, IS at lower ones
+  sampling.top_k = 0
+  sampling.top_p = 0.0
+
+  config.log = log = ConfigDict()
+  log.every_steps = 50  # metrics and console
+  log.pictures_every_steps = 1000  # grids of generator, teacher and fake score; 0 is off
+  log.num_pictures = 40  # samples of each network in a grid
+  log.evaluate_every_steps = 5000  # the one-step student; 0 is off
+  log.checkpoint_every_steps = 1000
+  log.keep_checkpoints = 2  # the newest ones, besides the best evaluated one
+
+  config.evaluation = evaluation = ConfigDict()
+  evaluation.protocol = "none"  # a key of PROTOCOLS, or "none"
+  evaluation.batch_size = 256  # samples a call
+  evaluation.seed = 12345  # of the sampled images
+  evaluation.teacher_steps = (1, 2, 4, 8, 16)
+
+  config.health = health = ConfigDict()  # what stops a run
+  health.min_entropy = 1e-3  # nats per token of the generator, below which it has collapsed
+  health.max_disagreement = 0.995  # total variation of teacher and fake score, above: diverged
+  health.min_contrast = 0.02  # standard deviation of decoded pixels in [-1, 1], below: blank
+  health.patience = 3  # readings in a row before the run stops
+
+  config.lock()
+  return config

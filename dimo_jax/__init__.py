@@ -1,0 +1,1 @@
+"""One-step generators by distribution-matching distillation, in JAX and Flax."""

@@ -1,0 +1,1 @@
+"""Flax linen networks. No training logic and no device names."""

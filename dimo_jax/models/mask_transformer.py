@@ -1,0 +1,164 @@
+"""The bidirectional transformer of MaskGIT, as published for ImageNet by Besnier and Chen.
+
+One table embeds codes, the mask id, classes and the null class; the output layer is tied to that
+table and adds a bias per position. Sources: arXiv:2202.04200, arXiv:2310.14400.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import initializers
+
+from dimo_jax.processes.masking import perturb
+from dimo_jax.types import Array, Float, Int, Key
+
+# The kernel initialisation of the published network: uniform within 1 / sqrt(fan_in).
+_KERNEL_INIT = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_NORM_EPSILON = 1e-5  # inside the blocks
+_STEM_NORM_EPSILON = 1e-12  # in the first and last layers
+
+
+class Block(nn.Module):
+  """Pre-norm attention and MLP, each with a residual."""
+
+  num_heads: int
+  mlp_dim: int
+  dropout: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b n d"], deterministic: bool
+  ) -> tuple[Float[Array, "b n d"], None]:
+    """Returns the updated stream, and None for `nn.scan`."""
+    dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_KERNEL_INIT)
+    norm = functools.partial(
+      nn.LayerNorm, epsilon=_NORM_EPSILON, use_fast_variance=False, dtype=self.dtype
+    )
+    dropout = functools.partial(nn.Dropout, self.dropout, deterministic=deterministic)
+    b, n, d = x.shape
+
+    y = norm(name="attention_norm")(x)
+    qkv = nn.Dense(
+      3 * d, dtype=self.dtype, kernel_init=initializers.xavier_uniform(), name="attention_qkv"
+    )(y)
+    query, key, value = jnp.moveaxis(qkv.reshape(b, n, 3, self.num_heads, -1), 2, 0)
+    if deterministic or self.dropout == 0:
+      y = jax.nn.dot_product_attention(query, key, value)
+    else:  # dropout on the attention weights, as torch's multi-head attention has it
+      y = nn.dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_rate=self.dropout,
+        dropout_rng=self.make_rng("dropout"),
+        broadcast_dropout=False,
+        deterministic=False,
+      )
+    x = x + dense(d, name="attention_out")(y.reshape(b, n, d))
+
+    y = norm(name="mlp_norm")(x)
+    y = dropout()(nn.gelu(dense(self.mlp_dim, name="mlp_in")(y), approximate=False))
+    return x + dropout()(dense(d, name="mlp_out")(y)), None
+
+
+class MaskTransformer(nn.Module):
+  """Logits of every token of a partly masked grid, given a class.
+
+  Token ids: codes 0 .. codebook_size - 1, then the mask id `codebook_size`. Class ids: 0 ..
+  num_classes - 1, then the null class `num_classes`. Logits cover codes and the mask id.
+
+  Attributes:
+    num_tokens: tokens in the grid, row-major.
+    dropout: rate on activations and attention weights when not deterministic.
+    scan_layers: run the blocks by `nn.scan` over stacked parameters (compile time independent of
+      depth) instead of one after the other.
+    dtype: compute dtype; parameters and logits are float32.
+  """
+
+  num_tokens: int
+  codebook_size: int
+  num_classes: int
+  hidden_dim: int
+  num_layers: int
+  num_heads: int
+  mlp_dim: int
+  dropout: float = 0.0
+  scan_layers: bool = False
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, "b l"],
+    class_id: Int[Array, "b"],
+    *,
+    noise: Float[Array, "b l d"] | Key | None = None,
+    sigma: Float[Array, ""] | float = 0.0,
+    deterministic: bool = True,
+  ) -> Float[Array, "b l v"]:
+    """Applies the network.
+
+    Args:
+      tokens: codes or the mask id.
+      class_id: class, or `num_classes` for the null class.
+      noise: standard normal perturbation of the image tokens' embeddings, or the key to draw it
+        with, or None for none.
+      sigma: strength of the perturbation in [0, 1].
+      deterministic: dropout off.
+    """
+    d, table_size = self.hidden_dim, self.codebook_size + 1 + self.num_classes + 1
+    dense = functools.partial(nn.Dense, d, dtype=self.dtype, kernel_init=_KERNEL_INIT)
+    norm = functools.partial(
+      nn.LayerNorm, epsilon=_STEM_NORM_EPSILON, use_fast_variance=False, dtype=self.dtype
+    )
+    dropout = functools.partial(nn.Dropout, self.dropout, deterministic=deterministic)
+    table = self.param("token_embedding", initializers.normal(1.0), (table_size, d))
+    position = self.param(
+      "position_embedding", initializers.truncated_normal(0.02), (self.num_tokens + 1, d)
+    )
+    bias = self.param("output_bias", initializers.zeros, (self.num_tokens + 1, table_size))
+
+    image = table[tokens]
+    if noise is not None:
+      if jnp.issubdtype(noise.dtype, jax.dtypes.prng_key):
+        noise = jax.random.normal(noise, image.shape, image.dtype)
+      image = perturb(image, noise, sigma)
+    label = table[self.codebook_size + 1 + class_id][:, None]
+    x = (jnp.concatenate([image, label], axis=1) + position).astype(self.dtype)
+
+    x = dropout()(norm(name="first_norm_1")(x))
+    x = nn.gelu(dense(name="first_dense_1")(x), approximate=False)
+    x = dropout()(norm(name="first_norm_2")(x))
+    x = dense(name="first_dense_2")(x)
+
+    block = functools.partial(
+      Block, num_heads=self.num_heads, mlp_dim=self.mlp_dim, dropout=self.dropout, dtype=self.dtype
+    )
+    if self.scan_layers:
+      stack = nn.scan(
+        Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=self.num_layers,
+      )
+      x, _ = stack(**block.keywords, name="blocks")(x, deterministic)
+    else:
+      for i in range(self.num_layers):
+        x, _ = block(name=f"block_{i}")(x, deterministic)
+
+    x = x[:, : self.num_tokens]  # the class position has no output
+    x = dropout()(norm(name="last_norm_1")(x))
+    x = nn.gelu(dense(name="last_dense")(x), approximate=False)
+    x = norm(name="last_norm_2")(x)
+    num_outputs = self.codebook_size + 1
+    logits = jnp.einsum(
+      "bld,vd->blv",
+      x,
+      table[:num_outputs].astype(self.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return logits + bias[: self.num_tokens, :num_outputs]

@@ -1,0 +1,48 @@
+"""Objectives: the two losses that turn a teacher into a generator."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from dimo_jax.objectives.dimo import Dimo
+from dimo_jax.state import Nets
+from dimo_jax.types import Array, Batch, Float, Int, Key, Metrics, Params
+
+__all__ = ["OBJECTIVES", "Objective"]
+
+
+class Objective(Protocol):
+  """What `step.distill_step` needs of a method.
+
+  Losses see one micro-batch and are deterministic given their draws; `extra` is the objective's own
+  small state, handed through. A draw's leaves have a leading micro-batch axis.
+  """
+
+  fake_rounds: int  # fake-score updates for each generator update
+  reuse_samples: bool  # the first round takes the generator update's samples
+
+  def draw_generator(self, key: Key, batch: Batch, clock: Int[Array, ""]) -> Any:
+    """Every random number of one generator update."""
+    ...
+
+  def draw_fake(self, key: Key, batch: Batch, clock: Int[Array, ""]) -> Any:
+    """Every random number of one fake-score round."""
+    ...
+
+  def generate(self, generator_params: Params, nets: Nets, batch: Batch, draws: Any) -> Any:
+    """The generator's samples: output, logits (if any), condition."""
+    ...
+
+  def generator_loss(
+    self, generator_params: Params, nets: Nets, batch: Batch, draws: Any, extra: Any
+  ) -> tuple[Float[Array, ""], tuple[Any, Metrics, Any]]:
+    """Loss, (samples, metrics, extra)."""
+    ...
+
+  def fake_score_loss(
+    self, fake_params: Params, nets: Nets, samples: Any, batch: Batch, draws: Any, extra: Any
+  ) -> tuple[Float[Array, ""], tuple[Metrics, Any]]:
+    """Loss, (metrics, extra)."""
+    ...
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"dimo": Dimo}

@@ -1,0 +1,113 @@
+"""Denoising losses: the teacher's pre-training and the fake score's training.
+
+Sources: MaskGIT (arXiv:2202.04200); its PyTorch reproduction (arXiv:2310.14400) trains on all
+positions with Bernoulli masks, Di[M]O's fake score on masked positions with exact counts.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dimo_jax.processes import masking
+from dimo_jax.state import NetworkState
+from dimo_jax.types import Array, Batch, Bool, Float, Int, Key, Metrics, Params, UserError, choose
+
+
+def masked_mean(values: Float[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, ""]:
+  """Mean over the masked positions of the batch."""
+  return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def cross_entropy(
+  logits: Float[Array, "b l v"], tokens: Int[Array, "b l"], label_smoothing: float
+) -> Float[Array, "b l"]:
+  """Cross-entropy per token in nats; the smoothing's mass is spread over all outputs."""
+  log_probability = jax.nn.log_softmax(logits.astype(jnp.float32))
+  hard = -jnp.take_along_axis(log_probability, tokens[..., None], axis=-1)[..., 0]
+  smooth = -jnp.mean(log_probability, axis=-1)
+  return (1 - label_smoothing) * hard + label_smoothing * smooth
+
+
+def soft_cross_entropy(
+  logits: Float[Array, "b l v"], target_logits: Float[Array, "b l v"], temperature: float
+) -> Float[Array, "b l"]:
+  """`T^2 KL(target || model)` at temperature T, averaged over the vocabulary, as Di[M]O has it."""
+  target = jax.nn.log_softmax(target_logits.astype(jnp.float32) / temperature)
+  model = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+  return temperature**2 * jnp.mean(jnp.exp(target) * (target - model), axis=-1)
+
+
+class PretrainDraws(struct.PyTreeNode):
+  """Every random number of one pre-training update."""
+
+  mask_u: Float[Array, "b"]  # uniform on [0, 1): decides the mask ratio
+  mask_order: Float[Array, "b l"]  # uniform on [0, 1): decides the positions
+  drop_u: Float[Array, "b"]  # uniform on [0, 1): decides who loses the condition
+  dropout_key: Key
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedDenoising:
+  """Pre-training of a masked teacher; fields as in `configs/base.py` under `teacher.pretrain`."""
+
+  num_tokens: int
+  mask_token_id: int
+  mask_schedule: str
+  mask_kind: str
+  loss_positions: str
+  label_smoothing: float
+  condition_drop_rate: float
+  dropout: bool
+
+  def __post_init__(self):
+    choose(masking.MASK_SCHEDULES, self.mask_schedule, "teacher.pretrain.mask_schedule")
+    if self.mask_kind not in ("exact", "bernoulli"):
+      raise UserError(
+        f"teacher.pretrain.mask_kind={self.mask_kind!r} is unknown; known: exact, bernoulli"
+      )
+    if self.loss_positions not in ("masked", "all"):
+      raise UserError(
+        f"teacher.pretrain.loss_positions={self.loss_positions!r} is unknown; known: masked, all"
+      )
+    for name in ("label_smoothing", "condition_drop_rate"):
+      if not 0 <= getattr(self, name) < 1:
+        raise UserError(f"teacher.pretrain.{name}={getattr(self, name)} must lie in [0, 1)")
+
+  def draw(self, key: Key, batch_size: int) -> PretrainDraws:
+    """Draws for one update."""
+    u_key, order_key, drop_key, dropout_key = jax.random.split(key, 4)
+    return PretrainDraws(
+      mask_u=jax.random.uniform(u_key, (batch_size,)),
+      mask_order=jax.random.uniform(order_key, (batch_size, self.num_tokens)),
+      drop_u=jax.random.uniform(drop_key, (batch_size,)),
+      dropout_key=dropout_key,
+    )
+
+  def loss(
+    self,
+    params: Params,
+    network: NetworkState,
+    tokens: Int[Array, "b l"],
+    batch: Batch,
+    draws: PretrainDraws,
+  ) -> tuple[Float[Array, ""], Metrics]:
+    """Masked cross-entropy and its metrics; deterministic given the draws."""
+    ratio = masking.mask_ratio(draws.mask_u, self.mask_schedule)
+    if self.mask_kind == "exact":
+      mask = masking.exact_mask(draws.mask_order, masking.num_masked(ratio, self.num_tokens))
+    else:
+      mask = draws.mask_order < ratio[:, None]
+    inputs = masking.corrupt(tokens, mask, self.mask_token_id)
+    condition = {"class_id": batch["class_id"]}
+    dropped = draws.drop_u < self.condition_drop_rate
+    condition = jax.tree.map(
+      lambda null, given: jnp.where(dropped, null, given), network.null_fn(condition), condition
+    )
+    dropout = {"dropout_key": draws.dropout_key} if self.dropout else {}
+    logits = network.replace(params=params).predict(inputs, condition, **dropout)
+    counted = mask if self.loss_positions == "masked" else jnp.ones_like(mask)
+    loss = masked_mean(cross_entropy(logits, tokens, self.label_smoothing), counted)
+    correct = (jnp.argmax(logits, axis=-1) == tokens).astype(jnp.float32)
+    return loss, {"teacher/loss": loss, "teacher/token_accuracy": masked_mean(correct, mask)}

@@ -1,0 +1,1 @@
+"""Corruption processes: schedules, masks, noise. Pure mathematics, no networks."""

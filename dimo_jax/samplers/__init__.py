@@ -1,0 +1,1 @@
+"""Samplers: from a network and a condition to tokens or images."""

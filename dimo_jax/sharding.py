@@ -1,0 +1,107 @@
+"""The device mesh and the rules that place arrays on it: the only file that names mesh axes.
+
+The mesh is `(data, fsdp)`. Batches are split over both axes; parameters, moments and averages are
+split over `fsdp`, along the dimension a rule gives or else along the largest that divides.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dimo_jax.types import UserError
+
+# (regex on the parameter's path, dimension to split, or None to replicate); the first match wins.
+Rules = Sequence[tuple[str, int | None]]
+
+
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A `(data, fsdp)` mesh over all devices.
+
+  Raises:
+    UserError: `fsdp` does not divide the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  if fsdp < 1 or len(devices) % fsdp:
+    raise UserError(f"mesh.fsdp={fsdp} must divide the number of devices, {len(devices)}")
+  return jax.make_mesh(
+    (len(devices) // fsdp, fsdp),
+    ("data", "fsdp"),
+    axis_types=(AxisType.Auto, AxisType.Auto),
+    devices=devices,
+  )
+
+
+def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:
+  """Raises UserError where a global batch cannot be split evenly over the mesh."""
+  if batch_size < 1 or batch_size % mesh.size:
+    raise UserError(
+      f"{field}={batch_size} must be a positive multiple of the number of devices, {mesh.size}"
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of scalars, metrics and keys."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, batch_axis: int = 0) -> NamedSharding:
+  """Splits axis `batch_axis` over every device; the axes before it stay whole."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, ("data", "fsdp")))
+
+
+def shard_batch(batch: Any, mesh: Mesh, batch_axis: int = 0) -> Any:
+  """Puts host arrays on the mesh, split along `batch_axis`."""
+  return jax.device_put(batch, batch_sharding(mesh, batch_axis))
+
+
+def _parameter_spec(path: str, shape: tuple[int, ...], fsdp: int, rules: Rules) -> PartitionSpec:
+  axis = None
+  for pattern, dimension in rules:
+    if re.search(pattern, path):
+      if dimension is not None and (dimension >= len(shape) or shape[dimension] % fsdp):
+        raise UserError(
+          f"mesh.rules {pattern!r} splits dimension {dimension} of {path}, of shape {shape},"
+          f" which mesh.fsdp={fsdp} does not divide"
+        )
+      axis = dimension
+      break
+  else:
+    divisible = [i for i, size in enumerate(shape) if size % fsdp == 0 and size >= fsdp]
+    axis = max(divisible, key=lambda i: shape[i], default=None)
+  if axis is None or fsdp == 1:
+    return PartitionSpec()
+  return PartitionSpec(*[None] * axis, "fsdp")
+
+
+def state_sharding(state: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+  """Shardings for a tree of parameters, moments and counters (arrays or shapes)."""
+  fsdp = mesh.shape["fsdp"]
+
+  def leaf(path, value):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return NamedSharding(mesh, _parameter_spec(name, np.shape(value), fsdp, rules))
+
+  return jax.tree_util.tree_map_with_path(leaf, state)
+
+
+def jit_step(
+  step_fn: Callable[..., Any], mesh: Mesh, state: Any, constants: Any, rules: Rules = ()
+) -> Callable[..., Any]:
+  """Jits `step_fn(state, constants, batch, base_key) -> (state, metrics)`.
+
+  The state keeps its shardings and is donated; `constants` (a frozen teacher, tokenizer
+  parameters) is sharded by the same rules and never donated; batches keep the sharding they come
+  with; metrics are replicated.
+  """
+  state_shardings = state_sharding(state, mesh, rules)
+  constant_shardings = state_sharding(constants, mesh, rules)
+  return jax.jit(
+    step_fn,
+    in_shardings=(state_shardings, constant_shardings, None, replicated(mesh)),
+    out_shardings=(state_shardings, replicated(mesh)),
+    donate_argnums=(0,),
+  )

@@ -1,0 +1,86 @@
+"""The masked discrete teacher: a MaskTransformer over the tokens of a tokenizer."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dimo_jax.models.mask_transformer import MaskTransformer
+from dimo_jax.state import NetworkState, copy_tree, split
+from dimo_jax.types import Array, Condition, Float, Int, Key, Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedTeacher:
+  """Network and process constants of a masked teacher; parameters live in train states.
+
+  Generator and fake score are the same network, so their states are made here too.
+  """
+
+  network: MaskTransformer
+
+  def __post_init__(self):
+    net = self.network
+    if net.num_heads < 1 or net.hidden_dim % net.num_heads:
+      raise UserError(
+        f"model.num_heads={net.num_heads} must divide model.hidden_dim={net.hidden_dim}"
+      )
+    for name in ("num_layers", "hidden_dim", "mlp_dim"):
+      if getattr(net, name) < 1:
+        raise UserError(f"model.{name}={getattr(net, name)} must be 1 or more")
+    if not 0 <= net.dropout < 1:
+      raise UserError(f"model.dropout={net.dropout} must lie in [0, 1)")
+
+  @property
+  def mask_token_id(self) -> int:
+    """The id that stands for a masked token: the first after the codes."""
+    return self.network.codebook_size
+
+  def init(self, key: Key) -> Params:
+    """Random parameters."""
+    tokens = jnp.zeros((1, self.network.num_tokens), jnp.int32)
+    return jax.jit(self.network.init)(key, tokens, jnp.zeros(1, jnp.int32))["params"]
+
+  def apply(
+    self,
+    params: Params,
+    tokens: Int[Array, "b l"],
+    condition: Condition,
+    *,
+    noise: Key | Float[Array, "b l d"] | None = None,
+    sigma: Float[Array, ""] | float = 0.0,
+    dropout_key: Key | None = None,
+  ) -> Float[Array, "b l v"]:
+    """Logits of a token grid; dropout is active where its key is given."""
+    return self.network.apply(
+      {"params": params},
+      tokens,
+      condition["class_id"],
+      noise=noise,
+      sigma=sigma,
+      deterministic=dropout_key is None,
+      rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+
+  def null_condition(self, condition: Condition) -> Condition:
+    """The null class for every sample."""
+    return {"class_id": jnp.full_like(condition["class_id"], self.network.num_classes)}
+
+  def frozen_state(self, params: Params, tokenizer_params: Params) -> NetworkState:
+    """The teacher's own state: nothing in it is ever updated."""
+    return NetworkState.create(
+      apply_fn=self.apply,
+      params=params,
+      tx=optax.set_to_zero(),
+      autoencoder=tokenizer_params,
+      null_fn=self.null_condition,
+    )
+
+  def trained_state(self, params: Params, tx: Any, frozen: tuple[str, ...] = ()) -> NetworkState:
+    """A trained network that starts as a copy of `params`; `frozen` are regexes on paths."""
+    trainable, rest = split(copy_tree(params), frozen)
+    return NetworkState.create(
+      apply_fn=self.apply, params=trainable, frozen=rest, tx=tx, null_fn=self.null_condition
+    )

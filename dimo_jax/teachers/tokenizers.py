@@ -1,0 +1,130 @@
+"""Tokenizers: images to grids of codes and back. Parameters are arguments, never captured."""
+
+from typing import Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from sklearn.cluster import KMeans
+
+from dimo_jax.types import Array, Float, Int, Params, UserError
+
+
+class Tokenizer(Protocol):
+  """What a masked teacher needs of a tokenizer.
+
+  Attributes:
+    codebook_size: number of codes.
+    grid: (height, width) in tokens, row-major.
+    image_shape: (height, width, channels) of the images, in [-1, 1]; None where the tokenizer
+      knows tokens only.
+  """
+
+  codebook_size: int
+  grid: tuple[int, int]
+  image_shape: tuple[int, int, int] | None
+
+  def fit(self, images: np.ndarray, seed: int) -> Params:
+    """Parameters fitted on training images [n, h, w, c]."""
+    ...
+
+  def encode(self, params: Params, images: Float[Array, "b h w c"]) -> Int[Array, "b l"]:
+    """Codes of images."""
+    ...
+
+  def decode(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b h w c"]:
+    """Images of codes."""
+    ...
+
+
+class PatchTokenizer:
+  """Vector quantisation of square patches by k-means: the codebook is the whole of it."""
+
+  def __init__(
+    self,
+    image_shape: tuple[int, int, int] | None,
+    patch_size: int,
+    grid_size: int,
+    codebook_size: int,
+  ):
+    """Raises UserError where the patches do not tile the image as the grid says."""
+    if image_shape is None:
+      raise UserError("tokenizer.name='patch' needs a data set with images")
+    height, width, _ = image_shape
+    if (height, width) != (grid_size * patch_size, grid_size * patch_size):
+      raise UserError(
+        f"tokenizer.grid_size={grid_size} times tokenizer.patch_size={patch_size} must be the"
+        f" image's size, {height}x{width}"
+      )
+    if codebook_size < 2:
+      raise UserError(f"tokenizer.codebook_size={codebook_size} must be 2 or more")
+    self.image_shape = image_shape
+    self.patch_size = patch_size
+    self.codebook_size = codebook_size
+    self.grid = (grid_size, grid_size)
+
+  def _patches(self, images: Float[Array, "b h w c"]) -> Float[Array, "b l d"]:
+    (rows, columns), p = self.grid, self.patch_size
+    patches = images.reshape(-1, rows, p, columns, p, self.image_shape[-1])
+    return patches.transpose(0, 1, 3, 2, 4, 5).reshape(len(images), rows * columns, -1)
+
+  def fit(self, images: np.ndarray, seed: int) -> Params:
+    """{"codebook": float32 [codebook_size, patch_size^2 c]}, the same for the same seed.
+
+    Raises:
+      UserError: there are fewer distinct patches than codes.
+    """
+    patches = self._patches(images)
+    patches = patches.reshape(-1, patches.shape[-1])
+    num_distinct = len(np.unique(patches, axis=0))
+    if num_distinct < self.codebook_size:
+      raise UserError(
+        f"tokenizer.codebook_size={self.codebook_size} exceeds the {num_distinct} distinct patches"
+        " of the training images"
+      )
+    kmeans = KMeans(self.codebook_size, n_init=1, random_state=seed).fit(patches)
+    return {"codebook": kmeans.cluster_centers_.astype(np.float32)}
+
+  def encode(self, params: Params, images: Float[Array, "b h w c"]) -> Int[Array, "b l"]:
+    """The nearest code of every patch."""
+    codebook = params["codebook"]
+    distance = jnp.sum(codebook**2, axis=-1) - 2 * self._patches(images) @ codebook.T
+    return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+
+  def decode(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b h w c"]:
+    """Every token's patch, put in its place."""
+    (rows, columns), p = self.grid, self.patch_size
+    patches = params["codebook"][tokens].reshape(-1, rows, columns, p, p, self.image_shape[-1])
+    return patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self.image_shape)
+
+
+class NoTokenizer:
+  """Tokens only, for training without pictures: it knows the grid and can neither encode nor
+  decode.
+  """
+
+  image_shape = None
+
+  def __init__(
+    self,
+    image_shape: tuple[int, int, int] | None,
+    patch_size: int,
+    grid_size: int,
+    codebook_size: int,
+  ):
+    """Takes the arguments of every tokenizer; only the grid and the codebook size count."""
+    del image_shape, patch_size
+    self.grid = (grid_size, grid_size)
+    self.codebook_size = codebook_size
+
+  def fit(self, images: np.ndarray, seed: int) -> Params:
+    """Nothing to fit."""
+    del images, seed
+    return {}
+
+  def encode(self, params: Params, images: Float[Array, "b h w c"]) -> Int[Array, "b l"]:
+    """Raises UserError: there are no images."""
+    raise UserError("tokenizer.name='none' cannot encode images; name a tokenizer that can")
+
+  def decode(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b h w c"]:
+    """Raises UserError: there are no images."""
+    raise UserError("tokenizer.name='none' cannot decode tokens; name a tokenizer that can")

@@ -1,0 +1,56 @@
+"""Names shared by every module: array annotations, trees, and the one error users see."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+
+__all__ = [
+  "Array",
+  "Batch",
+  "Bool",
+  "Condition",
+  "Float",
+  "Int",
+  "Key",
+  "Metrics",
+  "Params",
+  "UInt8",
+  "UserError",
+  "choose",
+  "suggest",
+]
+
+T = TypeVar("T")
+Key = PRNGKeyArray
+Params = Mapping[str, Any]  # a nested dict of arrays, as linen makes it
+Batch = Mapping[str, Any]
+Condition = Mapping[str, jax.Array]  # e.g. {"class_id": int32 [b]}
+Metrics = dict[str, jax.Array]
+
+
+class UserError(Exception):
+  """Bad input: its text is one line that names the field, the value and what would be right.
+
+  `main` prints it without a traceback and exits with status 2.
+  """
+
+
+def choose(registry: Mapping[str, T], name: str, field: str) -> T:
+  """The entry of a registry that a config field names.
+
+  Raises:
+    UserError: naming the field, the unknown value, the nearest entry and all entries.
+  """
+  if name in registry:
+    return registry[name]
+  raise UserError(f"{field}={name!r} is unknown{suggest(name, registry)}")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+  """The tail of an error line: the nearest known name, then all of them."""
+  known = sorted(known)
+  near = difflib.get_close_matches(str(name), known, n=1)
+  return (f"; did you mean {near[0]!r}?" if near else ";") + f" known: {', '.join(known)}"
