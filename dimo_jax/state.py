@@ -23,7 +23,7 @@ def split(params: Params, frozen: Sequence[str]) -> tuple[Params, Params]:
   for pattern in frozen:
     if not any(re.search(pattern, path) for path in flat):
       raise UserError(
-        f"optim.frozen={pattern!r} matches no parameter; paths look like {[*flat][0]}"
+        f"optim.frozen={pattern!r} matches no parameter; paths look like {next(iter(flat))}"
       )
   is_frozen = {path: any(re.search(pattern, path) for pattern in frozen) for path in flat}
   if all(is_frozen.values()):

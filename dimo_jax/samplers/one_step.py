@@ -109,11 +109,18 @@ class OneStep:
     )
     return masking.draw_tokens(draws.tokens, tempered), logits
 
-  def sample(
-    self, network: NetworkState, condition: Condition, key: Key, clock: Int[Array, ""] | int
-  ) -> Int[Array, "b l"]:
-    """Codes for a batch of conditions, with fresh noise; `clock` is the training's."""
+  def at(self, clock: int) -> "OneStep":
+    """The sampler of a training's `clock`: a noise warm-up is fixed at what it has reached."""
+    sigma = masking.embedding_sigma(
+      jnp.asarray(clock), self.sigma_schedule, self.sigma, self.sigma_num_warmup
+    )
+    return dataclasses.replace(self, sigma_schedule="fixed", sigma=float(sigma))
+
+  def sample(self, network: NetworkState, condition: Condition, key: Key) -> Int[Array, "b l"]:
+    """Codes for a batch of conditions, with fresh noise."""
+    if self.sigma_schedule != "fixed":
+      raise ValueError("take the sampler of a clock first: OneStep.at(clock)")
     b = jax.tree.leaves(condition)[0].shape[0]
-    draws = self.draw(key, jax.random.fold_in(key, 1), (1, b), clock)
+    draws = self.draw(key, jax.random.fold_in(key, 1), (1, b), 0)
     tokens, _ = self.generate(network, condition, jax.tree.map(lambda x: x[0], draws))
     return jnp.minimum(tokens, self.codebook_size - 1)

@@ -11,6 +11,8 @@ from dimo_jax.models.mask_transformer import MaskTransformer
 from dimo_jax.state import NetworkState, copy_tree, split
 from dimo_jax.types import Array, Condition, Float, Int, Key, Params, UserError
 
+_NO_UPDATE = optax.set_to_zero()  # one object, so that jitted functions know it again
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskedTeacher:
@@ -73,7 +75,7 @@ class MaskedTeacher:
     return NetworkState.create(
       apply_fn=self.apply,
       params=params,
-      tx=optax.set_to_zero(),
+      tx=_NO_UPDATE,
       autoencoder=tokenizer_params,
       null_fn=self.null_condition,
     )

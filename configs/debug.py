@@ -1,0 +1,30 @@
+"""Seconds on a CPU: every stage of the quickstart at a size that proves nothing but the wiring.
+
+python -m dimo_jax.main --config=configs/debug.py --workdir=/tmp/debug
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits
+
+
+def get_config() -> ConfigDict:
+  """Overrides of the digits config."""
+  config = digits.get_config()
+  config.model.update(hidden_dim=16, num_layers=1, num_heads=2, mlp_dim=32)
+  config.tokenizer.codebook_size = 32
+  config.teacher.pretrain.update(num_steps=20, batch_size=32)
+  config.teacher.pretrain.optim.num_warmup = 4
+  config.teacher.decoding.num_steps = 4
+  config.optim.generator.num_warmup = 4
+  config.optim.fake_score.num_warmup = 4
+  config.train.update(num_steps=20, batch_size=32)
+  config.log.update(
+    every_steps=5,
+    pictures_every_steps=10,
+    evaluate_every_steps=10,
+    checkpoint_every_steps=5,
+    num_pictures=20,
+  )
+  config.evaluation.teacher_steps = (1, 4)
+  return config

@@ -1,0 +1,184 @@
+"""From a config to objects: the `ConfigDict` stops here, and so does most bad input."""
+
+import dataclasses
+
+import ml_collections
+from jax.sharding import Mesh
+
+from dimo_jax.data.sources import Source, load_source
+from dimo_jax.evaluation.protocols import PROTOCOLS, Protocol
+from dimo_jax.objectives import OBJECTIVES, Objective
+from dimo_jax.objectives.denoising import MaskedDenoising
+from dimo_jax.optim import OptimizerSpec
+from dimo_jax.samplers.maskgit import MaskGit
+from dimo_jax.samplers.one_step import OneStep
+from dimo_jax.sharding import check_batch, make_mesh
+from dimo_jax.teachers import build_teacher, build_tokenizer
+from dimo_jax.teachers.maskgit import MaskedTeacher
+from dimo_jax.teachers.tokenizers import Tokenizer
+from dimo_jax.types import UserError, choose
+
+STORAGE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """Everything a config describes, built and checked; nothing is computed yet.
+
+  Attributes:
+    train_source, test_source: None where the data set is classes only.
+    pretraining: the teacher's loss.
+    one_step: the student's sampler at test time.
+    decoding: the teacher's sampler.
+    protocol: how numbers are made; None where evaluation is off.
+  """
+
+  config: ml_collections.ConfigDict
+  mesh: Mesh
+  train_source: Source | None
+  test_source: Source | None
+  tokenizer: Tokenizer
+  teacher: MaskedTeacher
+  pretraining: MaskedDenoising
+  pretrain_optimizer: OptimizerSpec
+  objective: Objective
+  generator_optimizer: OptimizerSpec
+  fake_score_optimizer: OptimizerSpec
+  one_step: OneStep
+  decoding: MaskGit
+  protocol: Protocol | None
+
+  @property
+  def num_updates(self) -> int:
+    """Fake-score updates of the whole distillation: the length of every schedule."""
+    return self.config.train.num_steps * self.objective.fake_rounds
+
+  @property
+  def has_pictures(self) -> bool:
+    """Whether tokens can be turned into images."""
+    return self.tokenizer.image_shape is not None
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """Builds and checks an experiment.
+
+  Raises:
+    UserError: a value that cannot work, named with what would be right.
+  """
+  mesh = make_mesh(config.mesh.fsdp)
+  _check_numbers(config, mesh)
+  if config.data.name == "labels":
+    train_source = test_source = None
+  else:
+    train_source, test_source = (
+      load_source(config.data.name, split, config.data.path) for split in ("train", "test")
+    )
+    if config.data.num_classes != train_source.num_classes:
+      raise UserError(
+        f"data.num_classes={config.data.num_classes} must be {train_source.num_classes}, as in"
+        f" data.name={config.data.name!r}"
+      )
+  tokenizer = build_tokenizer(config, train_source.image_shape if train_source else None)
+  teacher = build_teacher(config, tokenizer)
+
+  pretrain = config.teacher.pretrain.to_dict()
+  pretrain_optimizer = OptimizerSpec(**pretrain.pop("optim"))
+  pretrain_steps = pretrain.pop("num_steps")
+  for name in ("batch_size", "ema_decay"):
+    pretrain.pop(name)
+  pretraining = MaskedDenoising(
+    num_tokens=teacher.network.num_tokens, mask_token_id=teacher.mask_token_id, **pretrain
+  )
+  if not config.teacher.path:
+    if train_source is None or not tokenizer.image_shape:
+      raise UserError(
+        "teacher.path='' trains a teacher, which needs images: set teacher.path to a trained"
+        " teacher, or data.name and tokenizer.name to ones with images"
+      )
+    if pretrain_steps < 1:
+      raise UserError(
+        f"teacher.pretrain.num_steps={pretrain_steps} must be positive, or teacher.path given"
+      )
+    check_batch(config.teacher.pretrain.batch_size, mesh, "teacher.pretrain.batch_size")
+    pretrain_optimizer.check(pretrain_steps, "teacher.pretrain.optim")
+
+  objective = choose(OBJECTIVES, config.objective, "objective")(
+    num_tokens=teacher.network.num_tokens,
+    codebook_size=teacher.network.codebook_size,
+    mask_token_id=teacher.mask_token_id,
+    **config[config.objective],
+  )
+  optimizers = {}
+  for name in ("generator", "fake_score"):
+    optimizers[name] = OptimizerSpec(**config.optim[name])
+    optimizers[name].check(config.train.num_steps * objective.fake_rounds, f"optim.{name}")
+
+  decoding = MaskGit(
+    grid=tokenizer.grid,
+    codebook_size=tokenizer.codebook_size,
+    mask_token_id=teacher.mask_token_id,
+    **config.teacher.decoding,
+  )
+  protocol = None
+  if config.evaluation.protocol != "none":
+    protocol = choose(PROTOCOLS, config.evaluation.protocol, "evaluation.protocol")
+    if tokenizer.image_shape is None or train_source is None:
+      raise UserError(
+        f"evaluation.protocol={protocol.name!r} needs pictures: data.name and tokenizer.name that"
+        " have them, or evaluation.protocol='none'"
+      )
+    if train_source.num_levels != protocol.num_levels:
+      raise UserError(
+        f"evaluation.protocol={protocol.name!r} is not for data.name={config.data.name!r}"
+      )
+    check_batch(config.evaluation.batch_size, mesh, "evaluation.batch_size")
+  return Experiment(
+    config=config,
+    mesh=mesh,
+    train_source=train_source,
+    test_source=test_source,
+    tokenizer=tokenizer,
+    teacher=teacher,
+    pretraining=pretraining,
+    pretrain_optimizer=pretrain_optimizer,
+    objective=objective,
+    generator_optimizer=optimizers["generator"],
+    fake_score_optimizer=optimizers["fake_score"],
+    one_step=dataclasses.replace(objective.one_step, **config.sampling),
+    decoding=decoding,
+    protocol=protocol,
+  )
+
+
+def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+  """Ranges of the fields that no factory looks at."""
+  check_batch(config.train.batch_size, mesh, "train.batch_size")
+  choose(dict.fromkeys(STORAGE_DTYPES), config.precision.teacher_dtype, "precision.teacher_dtype")
+  positive = (
+    ("train", "num_steps"),
+    ("train", "accumulation"),
+    ("train", "ema_every_steps"),
+    ("log", "every_steps"),
+    ("log", "checkpoint_every_steps"),
+    ("log", "keep_checkpoints"),
+    ("log", "num_pictures"),
+    ("health", "patience"),
+  )
+  for section, name in positive:
+    if config[section][name] < 1:
+      raise UserError(f"{section}.{name}={config[section][name]} must be 1 or more")
+  for name in ("pictures_every_steps", "evaluate_every_steps"):
+    if config.log[name] < 0:
+      raise UserError(f"log.{name}={config.log[name]} must not be negative; 0 is off")
+  for path, decay in (
+    ("train.ema_decay", config.train.ema_decay),
+    ("teacher.pretrain.ema_decay", config.teacher.pretrain.ema_decay),
+  ):
+    if not 0 <= decay < 1:
+      raise UserError(f"{path}={decay} must lie in [0, 1)")
+  if config.seed < 0:
+    raise UserError(f"seed={config.seed} must not be negative")
+  if not config.evaluation.teacher_steps or min(config.evaluation.teacher_steps) < 1:
+    raise UserError(
+      f"evaluation.teacher_steps={config.evaluation.teacher_steps} must hold positive step counts"
+    )

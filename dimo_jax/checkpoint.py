@@ -1,0 +1,181 @@
+"""Checkpoints of a stage, finished parameters, and the record that guards against mixed runs.
+
+Restore precedence of a stage:
+1. its finished parameters (tokenizer, classifier, teacher), if the record agrees with the config;
+2. its newest readable checkpoint; damaged ones are named, moved to `damaged/` and passed over;
+3. its beginning.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import serialization, traverse_util
+from orbax.checkpoint import checkpoint_managers
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dimo_jax.sharding import Rules, state_sharding
+from dimo_jax.types import Params, UserError
+from dimo_jax.writers import say, write_atomically
+
+BEST_METRIC = "evaluation/frechet_distance"  # lower is better
+
+
+class Checkpoints:
+  """Asynchronous, atomic checkpoints of one stage's state: the newest few and the best."""
+
+  def __init__(self, directory: Path, keep: int):
+    """Opens (and makes) a directory of checkpoints, named by the number of steps done."""
+    self._directory = directory.absolute()
+    self._keep = keep
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    policies = checkpoint_managers.preservation_policy
+    keep = policies.AnyPreservationPolicy(
+      [
+        policies.LatestN(self._keep),
+        policies.BestN(
+          n=1,
+          get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+          reverse=True,
+          keep_checkpoints_without_metrics=False,
+        ),
+      ]
+    )
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=keep, create=True, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(self._directory, options=options)
+
+  def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
+    """Starts a checkpoint; returns once the state has left the devices."""
+    if step in self._manager.all_steps():
+      return
+    tree = serialization.to_state_dict(state)
+    self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=dict(metrics or {}) or None)
+
+  def restore(self, state: Any, mesh: Any, rules: Rules, step: int | None = None) -> Any | None:
+    """(state, step) from the newest readable checkpoint (or a given one); None if there is none.
+
+    `state` gives structure, shapes and types; arrays arrive sharded over `mesh`, whatever mesh
+    they were saved from.
+
+    Raises:
+      UserError: the asked-for step does not exist.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    if step is not None:
+      if step not in steps:
+        raise UserError(f"checkpoint {step} is not in {self._directory}; there are {steps}")
+      steps = [step]
+    tree = serialization.to_state_dict(state)
+    shardings = state_sharding(tree, mesh, rules)
+    abstract = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, shardings
+    )
+    damaged = []
+    restored = None
+    for candidate in steps:
+      try:
+        tree = self._manager.restore(candidate, args=ocp.args.StandardRestore(abstract))
+        restored = serialization.from_state_dict(state, tree), candidate
+        break
+      except Exception as error:  # whatever a damaged file makes of itself
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
+        say(f"checkpoint {self._directory / str(candidate)} is damaged and skipped: {reason}")
+        damaged.append(candidate)
+    self._set_aside(damaged)
+    return restored
+
+  def _set_aside(self, steps: list[int]) -> None:
+    if not steps:
+      return
+    self._manager.close()
+    for step in steps:
+      target = self._directory / "damaged" / str(step)
+      target.parent.mkdir(exist_ok=True)
+      for i in range(1, 1000):
+        if not target.exists():
+          break
+        target = target.with_name(f"{step}-{i}")
+      (self._directory / str(step)).rename(target)
+    self._manager = self._open()
+
+  def best_step(self) -> int | None:
+    """The step with the best evaluation, if any was evaluated."""
+    return self._manager.best_step()
+
+  def close(self) -> None:
+    """Waits for a checkpoint under way."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def check_record(directory: Path, fields: Mapping[str, Any]) -> None:
+  """Records what a stage depends on, or compares it with the record of the run begun there.
+
+  Raises:
+    UserError: fields differ; all of them are named.
+  """
+  path = directory / "record.json"
+  fields = json.loads(json.dumps(dict(fields)))
+  if not path.exists():
+    write_atomically(path, json.dumps(fields, indent=1, sort_keys=True))
+    return
+  try:
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+  except json.JSONDecodeError as error:
+    raise UserError(f"{path} is damaged ({error}); move {directory} away to start again") from error
+  changed = [
+    f"{name} {recorded.get(name)!r} -> {fields.get(name)!r}"
+    for name in sorted({*recorded, *fields})
+    if recorded.get(name) != fields.get(name)
+  ]
+  if changed:
+    raise UserError(
+      f"{directory} was begun with another config: {'; '.join(changed)}."
+      " Undo the change, or use a new --workdir"
+    )
+
+
+def params_hash(params: Params) -> str:
+  """SHA-256 over sorted paths, shapes and bytes."""
+  digest = hashlib.sha256()
+  for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+    value = np.asarray(leaf)
+    digest.update(f"{path} {value.dtype} {value.shape}\n".encode())
+    digest.update(np.ascontiguousarray(value).tobytes())
+  return digest.hexdigest()
+
+
+def save_params(path: Path, params: Params, metadata: Mapping[str, Any]) -> None:
+  """Writes a tree as safetensors, atomically, with JSON metadata."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  flat = {k: np.ascontiguousarray(jax.device_get(v)) for k, v in flat.items()}
+  temporary = path.with_name(path.name + ".tmp")
+  save_file(flat, temporary, metadata={"dimo_jax": json.dumps(dict(metadata))})
+  temporary.replace(path)
+
+
+def load_params(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """(arrays by flat path, metadata) of a safetensors file; metadata is empty for foreign files.
+
+  Raises:
+    UserError: the file is missing, cut short or no safetensors file.
+  """
+  try:
+    with safe_open(path, framework="numpy") as file:
+      arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+      metadata = (file.metadata() or {}).get("dimo_jax", "{}")
+  except FileNotFoundError as error:
+    raise UserError(f"{path} does not exist") from error
+  except (SafetensorError, OSError) as error:
+    raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+  return arrays, json.loads(metadata)

@@ -1,0 +1,53 @@
+"""Batches of images and of conditions, each a function of (seed, step) alone.
+
+Nothing here holds a position: a resumed run asks for the steps it still needs, on whatever number
+of devices and hosts, and gets the batches that an uninterrupted run would have seen.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from dimo_jax.data.sources import Source
+
+__all__ = ["condition_batches", "image_batches"]
+
+# One thread ahead of the loop. A batch of 64 digits costs 2.3 ms of Python, all under the
+# interpreter's lock: beside 15 ms of device work one thread hides it, none adds 3 ms, and two or
+# more fight for the lock (3.7 ms a batch). Measured on two CPU cores, November 2026.
+READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+
+
+def image_batches(
+  source: Source, *, batch_size: int, seed: int, start_step: int, num_steps: int
+) -> Iterator[dict[str, np.ndarray]]:
+  """Batches of steps start_step .. start_step + num_steps - 1, numpy.
+
+  Every epoch is a new uniform order in which each sample comes once. Batches run on across the end
+  of an epoch, so no sample is dropped and `batch_size` may exceed `len(source)`.
+
+  Args:
+    seed: not negative.
+
+  Yields:
+    {"image": float32 [batch_size, h, w, c] in [-1, 1], "class_id": int32 [batch_size]}.
+  """
+  # Grain shuffles epoch e with seed + e: without the hash, run 1 would be run 0 an epoch later.
+  shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+  batches = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat().batch(batch_size)
+  yield from batches[start_step : start_step + num_steps].to_iter_dataset(READ_OPTIONS)
+
+
+def condition_batches(
+  num_classes: int, *, shape: Sequence[int], seed: int, start_step: int, num_steps: int
+) -> Iterator[dict[str, np.ndarray]]:
+  """Class ids, uniform and independent, of steps start_step .. start_step + num_steps - 1.
+
+  Yields:
+    {"class_id": int32 [*shape]}, in 0 .. num_classes - 1.
+  """
+  for step in range(start_step, start_step + num_steps):
+    bits = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(step,)))
+    class_id = np.random.Generator(bits).integers(num_classes, size=shape, dtype=np.int32)
+    yield {"class_id": class_id}

@@ -1,0 +1,145 @@
+"""Labelled images by index: one small protocol, and a registry by config name."""
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, SupportsIndex, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+from dimo_jax.types import UserError, choose
+
+__all__ = ["SOURCES", "SPLITS", "ArraySource", "Source", "load_source"]
+
+SPLITS = ("train", "test")
+
+
+@runtime_checkable
+class Source(Protocol):
+  """Random access to images; a pure function of the index, the same on every host."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: SupportsIndex, /) -> dict[str, np.ndarray]:
+    """{"image": float32 [h, w, c] in [-1, 1], "class_id": int32 scalar}."""
+    ...
+
+  @property
+  def num_classes(self) -> int: ...
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(h, w, c)."""
+    ...
+
+  @property
+  def num_levels(self) -> int:
+    """Number of equally spaced values a channel takes in [-1, 1]."""
+    ...
+
+  @property
+  def labels(self) -> Int32[np.ndarray, " n"]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+  """Images held in memory as integer levels 0 .. num_levels - 1."""
+
+  levels: UInt8[np.ndarray, "n h w c"]
+  labels: Int32[np.ndarray, " n"]
+  num_classes: int
+  num_levels: int
+
+  def __len__(self) -> int:
+    return len(self.levels)
+
+  def __getitem__(self, index: SupportsIndex, /) -> dict[str, np.ndarray]:
+    scale = np.float32(2 / (self.num_levels - 1))
+    image = self.levels[index].astype(np.float32) * scale - np.float32(1)
+    return {"image": image, "class_id": np.asarray(self.labels[index])}
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    h, w, c = self.levels.shape[1:]
+    return h, w, c
+
+
+def load_source(name: str, split: str, path: str | None = None) -> Source:
+  """The `split` ("train" or "test") of the source that the config calls `name`.
+
+  Args:
+    path: where the data lie, for sources that read a file; None or "" for the others.
+
+  Raises:
+    UserError: unknown name or split, a path that is missing, not wanted or holds bad data.
+  """
+  load = choose(SOURCES, name, "data.name")
+  if split not in SPLITS:
+    raise UserError(f"split={split!r} is unknown; known: {', '.join(SPLITS)}")
+  return load(split, path or None)
+
+
+def _digits(split: str, path: str | None) -> Source:
+  """scikit-learn's 1797 grey 8x8 digits with levels 0..16: 1437 train, 360 test, stratified."""
+  # Imported here because scikit-learn takes a second and other sources do without.
+  from sklearn.datasets import load_digits
+  from sklearn.model_selection import train_test_split
+
+  if path is not None:
+    raise UserError(f"data.path={path!r} has no use with data.name='digits'; leave it empty")
+  bunch = load_digits()
+  # Not the run's seed: the test images stay the same whatever a run does.
+  rows = train_test_split(
+    np.arange(len(bunch.target)), test_size=360, stratify=bunch.target, random_state=0
+  )[SPLITS.index(split)]
+  return ArraySource(
+    levels=bunch.images[rows, :, :, None].astype(np.uint8),
+    labels=bunch.target[rows].astype(np.int32),
+    num_classes=10,
+    num_levels=17,
+  )
+
+
+def _arrays(split: str, path: str | None) -> Source:
+  """A .npz file with images_{train,test} uint8 [n,h,w,c] and labels_{train,test} integer [n].
+
+  Classes are 0 .. max(labels_train).
+  """
+  if path is None:
+    raise UserError("data.name='arrays' needs data.path, the .npz file to read")
+  arrays = _read_npz(path, [f"images_{split}", f"labels_{split}", "labels_train"])
+  images, labels = arrays[f"images_{split}"], arrays[f"labels_{split}"]
+  if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+    raise UserError(
+      f"{path}: images_{split} is {images.dtype} {list(images.shape)}, "
+      "must be uint8 [n, h, w, c] and not empty"
+    )
+  if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+    raise UserError(
+      f"{path}: labels_{split} is {labels.dtype} {list(labels.shape)}, "
+      f"must be integer [{len(images)}]"
+    )
+  num_classes = int(arrays["labels_train"].max()) + 1
+  if labels.min() < 0 or labels.max() >= num_classes:
+    raise UserError(
+      f"{path}: labels_{split} spans {labels.min()} to {labels.max()}, must lie in 0 to "
+      f"{num_classes - 1} (the largest of labels_train)"
+    )
+  return ArraySource(images, labels.astype(np.int32), num_classes, num_levels=256)
+
+
+def _read_npz(path: str, keys: list[str]) -> dict[str, np.ndarray]:
+  """The named arrays of a .npz file; never unpickles."""
+  try:
+    with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+      return {key: file[key] for key in keys}
+  except OSError as error:
+    raise UserError(f"data.path={path!r} cannot be read: {error.strerror or error}") from error
+  except KeyError as error:
+    raise UserError(f"{path}: no array named {error.args[0].split()[0]!r}") from error
+  except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    raise UserError(f"data.path={path!r} is no .npz file of plain arrays: {error}") from error
+
+
+SOURCES: dict[str, Callable[[str, str | None], Source]] = {"digits": _digits, "arrays": _arrays}

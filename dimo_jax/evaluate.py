@@ -1,0 +1,148 @@
+"""Evaluation of a workdir: teacher over several step counts, student, real data; the report."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dimo_jax import prepare, train
+from dimo_jax.build import Experiment
+from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.evaluation.report import console_table, write_report
+from dimo_jax.hooks import evaluate_sampler, sampling_network
+from dimo_jax.samplers.maskgit import MaskGit
+from dimo_jax.state import DistillState, NetworkState
+from dimo_jax.writers import read_metrics, say, write_atomically
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "dimo-jax")
+
+
+def ancestral(experiment: Experiment) -> MaskGit:
+  """What Di[M]O really distils: random order, one token a step, guidance and temperature as in
+  its training.
+  """
+  objective = experiment.objective
+  return dataclasses.replace(
+    experiment.decoding,
+    num_steps=experiment.decoding.num_tokens,
+    order="random",
+    temperature=objective.teacher_temperature,
+    top_k=0,
+    top_p=0.0,
+    guidance_scale=objective.teacher_guidance,
+    guidance_ramp=False,
+    rewrite_revealed=False,
+  )
+
+
+def evaluate_workdir(experiment: Experiment, workdir: Path) -> None:
+  """Evaluates a trained workdir; without a protocol there is nothing to do, and it says so."""
+  reference = prepare.fit_classifier(experiment, workdir)
+  if reference is None:
+    say("evaluation: off (evaluation.protocol='none')")
+    return
+  teacher, state = train.restore(experiment, workdir)
+  evaluate(experiment, workdir, teacher, state, reference)
+
+
+def evaluate(
+  experiment: Experiment,
+  workdir: Path,
+  teacher: NetworkState,
+  state: DistillState,
+  reference: Reference,
+) -> list[dict[str, Any]]:
+  """Evaluates everything, writes results.json and report.html, returns the rows.
+
+  The floor is real against real: the test split against the training split.
+  """
+  config = experiment.config
+  test = prepare.load_arrays(experiment.test_source)
+  floor = reference.evaluate(*test, *_tokens(experiment, teacher, test[0]))
+  rows = [
+    {"model": "real", "sampler": "test split", "steps": 0, **floor, "images_per_second": None}
+  ]
+  say(f"evaluation: floor {floor['frechet_distance']:.4f}")
+
+  student = sampling_network(experiment, state.ema_params, teacher.autoencoder)
+  runs = [
+    (
+      "teacher",
+      f"maskgit {experiment.decoding.order} order",
+      steps,
+      dataclasses.replace(experiment.decoding, num_steps=steps),
+      teacher,
+    )
+    for steps in config.evaluation.teacher_steps
+  ]
+  target = ancestral(experiment)
+  runs.append(("teacher", "maskgit random order", target.num_steps, target, teacher))
+  runs.append(("student", "one step", 1, experiment.one_step.at(int(state.clock)), student))
+  for model, name, steps, sampler, network in runs:
+    row = evaluate_sampler(experiment, reference, sampler, network)
+    rows.append({"model": model, "sampler": name, "steps": steps, **row})
+    say(f"evaluation: {model} {name} {steps} steps: {row['frechet_distance']:.4f}")
+  for row in rows:
+    row["seed"] = config.seed
+  write_atomically(workdir / "results.json", json.dumps(rows, indent=1))
+  _report(experiment, workdir, rows, reference)
+  return rows
+
+
+def _tokens(experiment: Experiment, teacher: NetworkState, images: Any) -> tuple[Any, int]:
+  tokens = experiment.tokenizer.encode(teacher.autoencoder, images)
+  return tokens, experiment.tokenizer.codebook_size
+
+
+def _report(
+  experiment: Experiment, workdir: Path, rows: list[dict[str, Any]], reference: Reference
+) -> None:
+  classifier = reference.classifier
+  protocol = reference.protocol
+  grids = sorted((workdir / "distill" / "pictures").glob("step_*.png"))
+  chosen = grids[:1] + grids[-1:] if len(grids) > 1 else grids
+  notes = [
+    f"Protocol {protocol.name}: {protocol.num_images} images against the"
+    f" {protocol.reference_split} split; {protocol.feature_network}, test accuracy"
+    f" {classifier.test_accuracy:.4f}, seed {classifier.seed}, weights sha256"
+    f" {classifier.weight_hash()}, fixed before any generator was trained.",
+    "The normalized distance is divided by the trace of the reference covariance. Row 'real' is the"
+    " test split against the training split: the floor.",
+    "The student's target is the teacher in random order at the training's guidance and temperature"
+    " (row 'maskgit random order'), not its confidence-ordered decoding.",
+  ]
+  path = workdir / "report.html"
+  write_report(
+    path,
+    title=f"{experiment.config.objective} on {experiment.config.data.name}",
+    results=rows,
+    curves={name: read_metrics(workdir / name) for name in ("teacher", "distill")},
+    grids=[(png, f"Samples after {int(png.stem[5:])} generator updates") for png in chosen],
+    config_text=str(experiment.config),
+    versions=versions(),
+    notes=notes,
+  )
+  say(console_table(rows))
+  say(f"results: {workdir / 'results.json'}\nreport: {path}")
+
+
+def versions() -> dict[str, str]:
+  """Packages, Python and device, for the record."""
+  found = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
+  device = jax.devices()[0]
+  return found | {
+    "python": platform.python_version(),
+    "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
+  }
+
+
+def _installed(name: str) -> bool:
+  try:
+    importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    return False
+  return True

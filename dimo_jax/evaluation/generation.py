@@ -1,0 +1,90 @@
+"""Many samples of one network, sharded over the mesh and timed."""
+
+import dataclasses
+import functools
+import time
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from dimo_jax.sharding import shard_batch
+from dimo_jax.state import NetworkState
+from dimo_jax.types import Array, Condition, Float, Int, Key
+
+
+class Sampler(Protocol):
+  """Hashable settings with `sample(network, condition, key) -> tokens`."""
+
+  def sample(self, network: NetworkState, condition: Condition, key: Key) -> Int[Array, "b l"]:
+    """Codes for a batch of conditions."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """Samples on the host.
+
+  Attributes:
+    images: float32 [n, h, w, c] in [-1, 1].
+    tokens: int32 [n, l].
+    images_per_second: over all calls after compilation, decoder included.
+  """
+
+  images: Float[np.ndarray, "n h w c"]
+  tokens: Int[np.ndarray, "n l"]
+  images_per_second: float
+
+
+@functools.partial(jax.jit, static_argnames=("sampler", "tokenizer"))
+def sample_images(
+  sampler: Sampler,
+  tokenizer: Any,
+  network: NetworkState,
+  condition: Condition,
+  key: Key,
+) -> tuple[Float[Array, "b h w c"], Int[Array, "b l"]]:
+  """Images and their tokens for one batch; the decoder's parameters sit in `network`."""
+  tokens = sampler.sample(network, condition, key)
+  return tokenizer.decode(network.autoencoder, tokens), tokens
+
+
+def generate(
+  sampler: Sampler,
+  tokenizer: Any,
+  network: NetworkState,
+  labels: Int[np.ndarray, "n"],
+  *,
+  seed: int,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+  between_batches: Any = None,
+) -> Generated:
+  """One sample per label; batch i is drawn with `fold_in(key(seed), i)`.
+
+  Args:
+    batch_size: a multiple of the number of devices; the last batch is filled up and cut.
+    between_batches: called after every batch, to stop early by an exception.
+  """
+  batch_size = min(batch_size, -(-len(labels) // mesh.size) * mesh.size)
+  num_batches = -(-len(labels) // batch_size)
+  filled = np.resize(labels, num_batches * batch_size).astype(np.int32)
+  key = jax.random.key(seed)
+  images, tokens, seconds = [], [], 0.0
+  for i in range(num_batches):
+    class_id = shard_batch(filled[i * batch_size : (i + 1) * batch_size], mesh)
+    arguments = (network, {"class_id": class_id}, jax.random.fold_in(key, i))
+    if i == 0:  # compile outside the timing
+      jax.block_until_ready(sample_images(sampler, tokenizer, *arguments))
+    began = time.perf_counter()
+    batch = jax.block_until_ready(sample_images(sampler, tokenizer, *arguments))
+    seconds += time.perf_counter() - began
+    images.append(np.asarray(batch[0]))
+    tokens.append(np.asarray(batch[1]))
+    if between_batches is not None:
+      between_batches()
+  return Generated(
+    np.concatenate(images)[: len(labels)],
+    np.concatenate(tokens)[: len(labels)],
+    len(filled) / seconds,
+  )

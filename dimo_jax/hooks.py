@@ -1,0 +1,97 @@
+"""What a distillation shows as it goes: the student's figures, and pictures of all networks."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dimo_jax.build import Experiment
+from dimo_jax.evaluation import pictures
+from dimo_jax.evaluation.generation import Generated, Sampler, generate, sample_images
+from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.preemption import STOP
+from dimo_jax.state import DistillState, NetworkState
+from dimo_jax.types import Params
+from dimo_jax.writers import Writer
+
+_PICTURE_COLUMNS = 10
+
+
+def sampling_network(experiment: Experiment, params: Params, tokenizer: Params) -> NetworkState:
+  """A network for sampling alone: whole parameters, no optimiser."""
+  return experiment.teacher.frozen_state(params, tokenizer)
+
+
+def protocol_labels(experiment: Experiment, reference: Reference) -> np.ndarray:
+  """The classes that the protocol asks for, int32 [n]."""
+  splits = {"train": experiment.train_source, "test": experiment.test_source}
+  return reference.protocol.labels(splits[reference.protocol.reference_split].labels)
+
+
+def sample_protocol(
+  experiment: Experiment, sampler: Sampler, network: NetworkState, labels: np.ndarray
+) -> Generated:
+  """One sample per label, with the evaluation's seed and batch size."""
+  evaluation = experiment.config.evaluation
+  return generate(
+    sampler,
+    experiment.tokenizer,
+    network,
+    labels,
+    seed=evaluation.seed,
+    batch_size=evaluation.batch_size,
+    mesh=experiment.mesh,
+    between_batches=STOP.raise_if_set,
+  )
+
+
+def evaluate_sampler(
+  experiment: Experiment, reference: Reference, sampler: Sampler, network: NetworkState
+) -> dict[str, float | int | None]:
+  """The protocol's metrics of a network under a sampler, with `images_per_second`."""
+  labels = protocol_labels(experiment, reference)
+  samples = sample_protocol(experiment, sampler, network, labels)
+  row = reference.evaluate(
+    samples.images, labels, samples.tokens, experiment.tokenizer.codebook_size
+  )
+  return row | {"images_per_second": samples.images_per_second}
+
+
+def draw_pictures(
+  experiment: Experiment,
+  state: DistillState,
+  teacher: NetworkState,
+  directory: Path,
+  writer: Writer,
+) -> dict[str, float]:
+  """Writes one grid of generator, teacher and fake score, same classes and keys side by side.
+
+  Returns:
+    generator/brightness and generator/contrast: mean and standard deviation of the generator's
+    pixels in [-1, 1].
+  """
+  step = int(state.generator.step)
+  num = experiment.config.log.num_pictures
+  condition = {"class_id": jnp.arange(num, dtype=jnp.int32) % experiment.config.data.num_classes}
+  key = jax.random.key(experiment.config.evaluation.seed)
+  student = sampling_network(experiment, state.ema_params, teacher.autoencoder)
+  fake_score = sampling_network(experiment, state.fake_score.all_params, teacher.autoencoder)
+  decoding = experiment.decoding
+  runs = (
+    ("generator, 1 step", experiment.one_step.at(int(state.clock)), student),
+    (f"teacher, {decoding.num_steps} steps", decoding, teacher),
+    (f"fake score, {decoding.num_steps} steps", decoding, fake_score),
+  )
+  panels = {}
+  for caption, sampler, network in runs:
+    images, _ = sample_images(sampler, experiment.tokenizer, network, condition, key)
+    panels[caption] = np.asarray(images)
+  pixels = pictures.side_by_side(panels, _PICTURE_COLUMNS)
+  pictures.save_png(directory / f"step_{step:07d}.png", pixels)
+  writer.picture(step, "samples", pixels)
+  generated = panels["generator, 1 step"]
+  return {
+    "generator/brightness": float(generated.mean()),
+    "generator/contrast": float(generated.std()),
+  }

@@ -1,0 +1,37 @@
+"""SIGTERM and Ctrl-C: finish the step, save, and leave with a code that says "resume me"."""
+
+import signal
+from types import FrameType
+
+RESUME_EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again
+
+
+class Preempted(Exception):
+  """The run was asked to stop and has saved what it needs to go on."""
+
+
+class StopRequest:
+  """Remembers the first SIGTERM or SIGINT; the second acts as usual."""
+
+  def __init__(self) -> None:
+    self.signal: int | None = None
+
+  def install(self) -> None:
+    """Takes over both signals."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._on_signal)
+
+  def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    self.signal = number
+    print(f"{signal.Signals(number).name}: stopping after this step", flush=True)
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, signal.SIG_DFL)
+
+  def raise_if_set(self) -> None:
+    """Raises Preempted once a signal has come."""
+    if self.signal is not None:
+      raise Preempted(f"{signal.Signals(self.signal).name}: the same command goes on from here")
+
+
+STOP = StopRequest()

@@ -1,0 +1,163 @@
+"""What distillation needs first: data in memory, tokenizer, classifier, a trained teacher."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from dimo_jax.build import Experiment
+from dimo_jax.checkpoint import check_record, load_params, params_hash, save_params
+from dimo_jax.convert import maskgit
+from dimo_jax.data.sources import Source
+from dimo_jax.evaluation.features import Classifier, train_classifier
+from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.types import Params, UserError
+from dimo_jax.writers import say
+
+TEACHER_FILE = "teacher.safetensors"
+
+
+@functools.lru_cache(maxsize=4)
+def load_arrays(source: Source) -> tuple[np.ndarray, np.ndarray]:
+  """(images float32 [n, h, w, c], labels int32 [n]) of a small source."""
+  samples = [source[i] for i in range(len(source))]
+  return np.stack([s["image"] for s in samples]), np.array([s["class_id"] for s in samples])
+
+
+def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
+  """The tokenizer's parameters: from the workdir, or fitted on the training split and saved."""
+  config, directory = experiment.config, workdir / "tokenizer"
+  if not experiment.has_pictures:
+    return {}
+  directory.mkdir(parents=True, exist_ok=True)
+  check_record(directory, flat_fields(config, "data", "tokenizer", "seed"))
+  path = directory / "tokenizer.safetensors"
+  if not path.exists():
+    images, _ = load_arrays(experiment.train_source)
+    params = experiment.tokenizer.fit(images, config.seed)
+    decoded = experiment.tokenizer.decode(params, experiment.tokenizer.encode(params, images))
+    error = float(jnp.mean((decoded - images) ** 2))
+    save_params(path, params, {"name": config.tokenizer.name, "train_mse": error})
+    say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
+  params, _ = load_params(path)
+  return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(params, sep="/"))
+
+
+def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
+  """The protocol's reference: its classifier is trained here once, before any generator is."""
+  protocol = experiment.protocol
+  if protocol is None:
+    return None
+  directory = workdir / "classifier"
+  directory.mkdir(parents=True, exist_ok=True)
+  check_record(directory, flat_fields(experiment.config, "data"))
+  path = directory / "classifier.safetensors"
+  if not path.exists():
+    train, test = load_arrays(experiment.train_source), load_arrays(experiment.test_source)
+    classifier = train_classifier(
+      *train, experiment.config.data.num_classes, test_images=test[0], test_labels=test[1]
+    )
+    classifier.save(path)
+  classifier = Classifier.load(path)
+  say(
+    f"classifier: test accuracy {classifier.test_accuracy:.4f},"
+    f" weights sha256 {classifier.weight_hash()[:12]}"
+  )
+  source = {"train": experiment.train_source, "test": experiment.test_source}
+  return protocol.reference(classifier, *load_arrays(source[protocol.reference_split]))
+
+
+def random_teacher(experiment: Experiment) -> Params:
+  """Random network parameters, for `teacher.path='random'` and the start of a pre-training."""
+  return experiment.teacher.init(jax.random.fold_in(jax.random.key(experiment.config.seed), 1))
+
+
+def save_teacher(path: Path, network: Params, tokenizer: Params, fields: dict) -> None:
+  """A finished teacher, network and tokenizer together, with what it was trained as."""
+  save_params(path, {"network": network, "tokenizer": tokenizer}, {"teacher": fields})
+
+
+def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | None]:
+  """(network parameters, tokenizer parameters or None) from a file, checked against the config.
+
+  Reads our own `teacher.safetensors` and files with the published MaskGIT key names.
+
+  Raises:
+    UserError: no such file, another family's file, or other sizes than the config's.
+  """
+  path = path / TEACHER_FILE if path.is_dir() else path
+  arrays, metadata = load_params(path)
+  tokenizer = None
+  if "teacher" in metadata:
+    tree = traverse_util.unflatten_dict(arrays, sep="/")
+    network, tokenizer = tree["network"], tree.get("tokenizer", {})
+  else:
+    try:
+      network = maskgit.from_published(arrays, scan_layers=experiment.config.model.scan_layers)
+    except UserError as error:
+      raise UserError(f"teacher.path={str(path)!r}: {error}") from error
+  expected = jax.eval_shape(lambda: random_teacher(experiment))
+  wanted = traverse_util.flatten_dict(expected, sep="/")
+  found = traverse_util.flatten_dict(network, sep="/")
+  wrong = [
+    f"{name} {np.shape(found[name]) if name in found else 'missing'} for"
+    f" {wanted[name].shape if name in wanted else 'nothing'}"
+    for name in sorted({*wanted, *found})
+    if name not in wanted or name not in found or np.shape(found[name]) != wanted[name].shape
+  ]
+  if wrong:
+    raise UserError(
+      f"teacher.path={str(path)!r} does not fit model, tokenizer and data of the config:"
+      f" {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}"
+    )
+  return jax.tree.map(jnp.asarray, network), tokenizer
+
+
+def teacher_fields(experiment: Experiment) -> dict:
+  """What a teacher's training depends on, by flat name."""
+  return flat_fields(
+    experiment.config,
+    "data",
+    "tokenizer",
+    "model",
+    "seed",
+    "teacher.name",
+    "teacher.pretrain",
+    "precision.compute_dtype",
+  )
+
+
+def distill_fields(experiment: Experiment, teacher: Params) -> dict:
+  """What a distillation depends on, by flat name, the teacher by its hash; steps may be added."""
+  fields = flat_fields(
+    experiment.config,
+    "data",
+    "tokenizer",
+    "model",
+    "precision",
+    "seed",
+    "objective",
+    experiment.config.objective,
+    "optim",
+    "train",
+  )
+  fields.pop("train.num_steps")
+  return fields | {"teacher.sha256": params_hash(teacher)}
+
+
+def flat_fields(config, *names: str) -> dict:
+  """`a.b.c` names and values of the named sections or fields of a config."""
+  fields = {}
+  for name in names:
+    value = config
+    for part in name.split("."):
+      value = value[part]
+    if hasattr(value, "to_dict"):
+      flat = traverse_util.flatten_dict(value.to_dict(), sep=".")
+      fields |= {f"{name}.{key}": item for key, item in flat.items()}
+    else:
+      fields[name] = value
+  return fields

@@ -1,0 +1,300 @@
+"""Training: a teacher where none is given, then the distillation. Build, restore, loop."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from clu import parameter_overview
+
+from dimo_jax import prepare
+from dimo_jax.build import Experiment
+from dimo_jax.checkpoint import BEST_METRIC, Checkpoints, check_record
+from dimo_jax.data.pipeline import condition_batches, image_batches
+from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.health import Health
+from dimo_jax.hooks import draw_pictures, evaluate_sampler, sampling_network
+from dimo_jax.preemption import STOP
+from dimo_jax.sharding import jit_step, replicated, shard_batch, state_sharding
+from dimo_jax.state import DistillState, NetworkState, PretrainState, copy_tree
+from dimo_jax.step import distill_step, pretrain_step
+from dimo_jax.types import Metrics, Params, UserError
+from dimo_jax.writers import Writer, say
+
+_DATA_STREAM = 7919  # keeps the order of the data apart from a stage's other use of the seed
+
+
+class Loop:
+  """One stage's loop: dispatch an iteration, read the one before, save now and then.
+
+  A step's row of metrics is on disk before the checkpoint of that step is begun, so a run that is
+  killed anywhere goes on to the same rows and the same state as one that is not.
+  """
+
+  def __init__(self, experiment: Experiment, directory: Path, name: str, num_steps: int):
+    """Opens the stage's checkpoints."""
+    config = experiment.config
+    self._log, self._mesh, self._rules = config.log, experiment.mesh, config.mesh.rules
+    self._health = Health(**config.health)
+    self._directory, self._name, self._num_steps = directory, name, num_steps
+    self._checkpoints = Checkpoints(directory / "checkpoints", config.log.keep_checkpoints)
+
+  def run(
+    self,
+    step_fn: Callable[..., tuple[Any, Metrics]],
+    state: Any,
+    constants: Any,
+    batches: Callable[[int], Iterator[Any]],
+    base_key: jax.Array,
+    hooks: Sequence[tuple[int, Callable[[Any, Writer], dict[str, float]]]] = (),
+  ) -> Any:
+    """Runs to the end from the newest checkpoint; returns the final state.
+
+    Args:
+      step_fn: jitted `(state, constants, batch, base_key) -> (state, metrics)`.
+      batches: from the number of steps done to the batches that follow.
+      hooks: (period, `(state, writer) -> metrics`); also run after the last step; period 0 is off.
+    """
+    state, start = self._restore(state)
+    writer = Writer(self._directory, self._name, start, self._num_steps)
+    pending = None  # (step, metrics) of the previous iteration
+    stream = batches(start)
+    try:
+      for step in range(start + 1, self._num_steps + 1):
+        state, metrics = step_fn(state, constants, next(stream), base_key)
+        if pending:
+          self._record(writer, *pending)
+        due = functools.partial(self._due, step)
+        pending = (step, metrics) if due(self._log.every_steps) else None
+        extra: dict[str, float] = {}
+        for period, hook in hooks:
+          if due(period):
+            extra |= hook(state, writer)
+        saving = due(self._log.checkpoint_every_steps) or BEST_METRIC in extra
+        if extra or saving:
+          self._record(writer, step, metrics, extra)
+          pending = None
+        if saving or STOP.signal is not None:
+          if pending:
+            self._record(writer, *pending)
+          scores = {BEST_METRIC: extra[BEST_METRIC]} if BEST_METRIC in extra else None
+          self._checkpoints.save(step, state, scores)
+        STOP.raise_if_set()
+    finally:
+      self._checkpoints.close()
+      writer.close()
+    return state
+
+  def _due(self, step: int, period: int) -> bool:
+    return period > 0 and (step % period == 0 or step == self._num_steps)
+
+  def _restore(self, state: Any) -> tuple[Any, int]:
+    restored = self._checkpoints.restore(state, self._mesh, self._rules)
+    if restored is None:
+      return state, 0
+    say(f"{self._name}: goes on from step {restored[1]}")
+    return restored
+
+  def _record(
+    self, writer: Writer, step: int, metrics: Metrics, extra: dict[str, float] | None = None
+  ) -> None:
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    values |= extra or {}
+    writer.metrics(step, values)
+    self._health.check(step, values, str(self._directory))
+
+
+def place(experiment: Experiment, state: Any) -> Any:
+  """Puts a state on the mesh by the config's rules."""
+  return jax.device_put(state, state_sharding(state, experiment.mesh, experiment.config.mesh.rules))
+
+
+def train_teacher(
+  experiment: Experiment, workdir: Path, tokenizer_params: Params
+) -> tuple[Params, Params]:
+  """(network, tokenizer) parameters of the teacher: given, already trained here, or trained now."""
+  config, directory = experiment.config, workdir / "teacher"
+  if config.teacher.path == "random":
+    return prepare.random_teacher(experiment), tokenizer_params
+  if config.teacher.path:
+    network, tokenizer = prepare.load_teacher(experiment, Path(config.teacher.path))
+    return network, tokenizer_params if tokenizer is None else tokenizer
+  directory.mkdir(parents=True, exist_ok=True)
+  fields = prepare.teacher_fields(experiment)
+  check_record(directory, fields)
+  path = directory / prepare.TEACHER_FILE
+  if not path.exists():
+    state = _pretrain(experiment, directory, tokenizer_params)
+    prepare.save_teacher(path, state.ema, tokenizer_params, fields)
+  return prepare.load_teacher(experiment, path)[0], tokenizer_params
+
+
+def _pretrain(experiment: Experiment, directory: Path, tokenizer_params: Params) -> PretrainState:
+  pretrain = experiment.config.teacher.pretrain
+  tx = experiment.pretrain_optimizer.build(pretrain.num_steps)
+  network = experiment.teacher.trained_state(prepare.random_teacher(experiment), tx)
+  state = place(experiment, PretrainState(network, copy_tree(network.params)))
+  constants = place(experiment, tokenizer_params)
+  step_fn = jit_step(
+    functools.partial(
+      pretrain_step, experiment.pretraining, experiment.tokenizer, pretrain.ema_decay
+    ),
+    experiment.mesh,
+    state,
+    constants,
+    experiment.config.mesh.rules,
+  )
+
+  def batches(start: int) -> Iterator[Any]:
+    stream = image_batches(
+      experiment.train_source,
+      batch_size=pretrain.batch_size,
+      seed=experiment.config.seed,
+      start_step=start,
+      num_steps=pretrain.num_steps - start,
+    )
+    return (shard_batch(batch, experiment.mesh) for batch in stream)
+
+  key = jax.random.fold_in(jax.random.key(experiment.config.seed), 2)
+  loop = Loop(experiment, directory, "teacher", pretrain.num_steps)
+  return loop.run(
+    step_fn, state, constants, batches, jax.device_put(key, replicated(experiment.mesh))
+  )
+
+
+def initial_state(experiment: Experiment, teacher_params: Params) -> DistillState:
+  """Generator, fake score and average as copies of the teacher, on the mesh."""
+  config = experiment.config
+  frozen = tuple(config.optim.frozen)
+  generator, fake_score = (
+    experiment.teacher.trained_state(teacher_params, spec.build(experiment.num_updates), frozen)
+    for spec in (experiment.generator_optimizer, experiment.fake_score_optimizer)
+  )
+  state = DistillState(
+    generator=generator,
+    fake_score=fake_score,
+    ema=copy_tree(generator.params),
+    clock=jnp.zeros((), jnp.int32),
+    extra=(),
+  )
+  return place(experiment, state)
+
+
+def teacher_state(
+  experiment: Experiment, teacher_params: Params, tokenizer_params: Params
+) -> NetworkState:
+  """The frozen teacher in its storage precision, on the mesh."""
+  dtype = jnp.dtype(experiment.config.precision.teacher_dtype)
+  network = jax.tree.map(lambda x: jnp.asarray(x, dtype), teacher_params)
+  return place(experiment, experiment.teacher.frozen_state(network, tokenizer_params))
+
+
+def jit_distill_step(
+  experiment: Experiment, state: DistillState, teacher: NetworkState
+) -> Callable[..., tuple[DistillState, Metrics]]:
+  """The jitted iteration `(state, teacher, batch, base_key) -> (state, metrics)`."""
+  train = experiment.config.train
+  return jit_step(
+    functools.partial(distill_step, experiment.objective, train.ema_decay, train.ema_every_steps),
+    experiment.mesh,
+    state,
+    teacher,
+    experiment.config.mesh.rules,
+  )
+
+
+def distill_batches(experiment: Experiment, start: int, num_steps: int) -> Iterator[Any]:
+  """Conditions of iterations start .. start + num_steps - 1, on the mesh."""
+  config, rounds = experiment.config, experiment.objective.fake_rounds
+  stream = condition_batches(
+    config.data.num_classes,
+    shape=(1 + rounds, config.train.accumulation, config.train.batch_size),
+    seed=config.seed + _DATA_STREAM,
+    start_step=start,
+    num_steps=num_steps,
+  )
+  for batch in stream:
+    generator = {name: values[0] for name, values in batch.items()}
+    fake_score = {name: values[1:] for name, values in batch.items()}
+    yield {
+      "generator": shard_batch(generator, experiment.mesh, batch_axis=1),
+      "fake_score": shard_batch(fake_score, experiment.mesh, batch_axis=2),
+    }
+
+
+def base_key(experiment: Experiment) -> jax.Array:
+  """The key of every draw of the distillation."""
+  key = jax.random.fold_in(jax.random.key(experiment.config.seed), 3)
+  return jax.device_put(key, replicated(experiment.mesh))
+
+
+def distill(
+  experiment: Experiment,
+  workdir: Path,
+  teacher_params: Params,
+  tokenizer_params: Params,
+  reference: Reference | None,
+) -> DistillState:
+  """Runs (or goes on with) the distillation; returns its final state."""
+  config, directory = experiment.config, workdir / "distill"
+  directory.mkdir(parents=True, exist_ok=True)
+  check_record(directory, prepare.distill_fields(experiment, teacher_params))
+  state = initial_state(experiment, teacher_params)
+  teacher = teacher_state(experiment, teacher_params, tokenizer_params)
+  say(parameter_overview.get_parameter_overview(teacher.params, include_stats=False, max_lines=60))
+
+  def evaluate(state: DistillState, writer: Writer) -> dict[str, float]:
+    del writer
+    student = sampling_network(experiment, state.ema_params, teacher.autoencoder)
+    row = evaluate_sampler(experiment, reference, experiment.one_step.at(int(state.clock)), student)
+    row.pop("images_per_second")  # a wall-clock figure
+    return {f"evaluation/{k}": v for k, v in row.items() if v is not None}
+
+  def draw(state: DistillState, writer: Writer) -> dict[str, float]:
+    return draw_pictures(experiment, state, teacher, directory / "pictures", writer)
+
+  hooks = []
+  if reference is not None:
+    hooks.append((config.log.evaluate_every_steps, evaluate))
+  if experiment.has_pictures:
+    hooks.append((config.log.pictures_every_steps, draw))
+  loop = Loop(experiment, directory, "distill", config.train.num_steps)
+  return loop.run(
+    jit_distill_step(experiment, state, teacher),
+    state,
+    teacher,
+    lambda start: distill_batches(experiment, start, config.train.num_steps - start),
+    base_key(experiment),
+    hooks,
+  )
+
+
+def train(experiment: Experiment, workdir: Path) -> None:
+  """Every stage of a run that is not yet done."""
+  tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
+  reference = prepare.fit_classifier(experiment, workdir)
+  teacher_params, tokenizer_params = train_teacher(experiment, workdir, tokenizer_params)
+  distill(experiment, workdir, teacher_params, tokenizer_params, reference)
+
+
+def restore(experiment: Experiment, workdir: Path) -> tuple[NetworkState, DistillState]:
+  """(teacher, distillation) of a trained workdir, from its newest readable checkpoint.
+
+  Raises:
+    UserError: nothing was trained there.
+  """
+  directory = workdir / "distill"
+  if not (directory / "checkpoints").is_dir():
+    raise UserError(f"--workdir={str(workdir)!r} holds no training; run --mode=train there first")
+  tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
+  teacher_params, tokenizer_params = train_teacher(experiment, workdir, tokenizer_params)
+  check_record(directory, prepare.distill_fields(experiment, teacher_params))
+  state = initial_state(experiment, teacher_params)
+  checkpoints = Checkpoints(directory / "checkpoints", experiment.config.log.keep_checkpoints)
+  restored = checkpoints.restore(state, experiment.mesh, experiment.config.mesh.rules)
+  checkpoints.close()
+  if restored is None:
+    raise UserError(f"--workdir={str(workdir)!r} holds no checkpoint; run --mode=train there first")
+  return teacher_state(experiment, teacher_params, tokenizer_params), restored[0]

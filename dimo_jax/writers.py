@@ -1,0 +1,102 @@
+"""What a run leaves for people: metrics.jsonl, TensorBoard, console lines."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+WALL_CLOCK_FIELDS = ("seconds", "steps_per_second")  # the only ones that differ between two runs
+
+
+def write_atomically(path: Path, text: str) -> None:
+  """Replaces a text file whole or not at all."""
+  temporary = path.with_name(path.name + ".tmp")
+  with open(temporary, "w", encoding="utf-8") as stream:
+    stream.write(text)
+    stream.flush()
+    os.fsync(stream.fileno())
+  os.replace(temporary, path)
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+  """The rows of a stage's metrics.jsonl; a last line cut short by a kill is dropped."""
+  path = directory / "metrics.jsonl"
+  rows = []
+  if path.exists():
+    for line in path.read_text(encoding="utf-8").splitlines():
+      try:
+        rows.append(json.loads(line))
+      except json.JSONDecodeError:
+        break
+  return rows
+
+
+class Writer:
+  """Metrics of one stage, on process 0 only.
+
+  Opened at a restored step it first drops what an interrupted run had written beyond it, so that
+  every step has exactly one row.
+  """
+
+  def __init__(self, directory: Path, name: str, start_step: int, num_steps: int):
+    self._name, self._num_steps, self._start_step = name, num_steps, start_step
+    self._began = time.perf_counter()
+    self._enabled = jax.process_index() == 0
+    if not self._enabled:
+      return
+    directory.mkdir(parents=True, exist_ok=True)
+    kept = [row for row in read_metrics(directory) if row["step"] <= start_step]
+    path = directory / "metrics.jsonl"
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+    self._rows = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+    self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+
+  def metrics(self, step: int, values: Mapping[str, float], *, quiet: bool = False) -> None:
+    """Writes one row and, unless quiet, a console line with rate and time left."""
+    if not self._enabled:
+      return
+    seconds = time.perf_counter() - self._began
+    rate = (step - self._start_step) / seconds if step > self._start_step else 0.0
+    row = {"step": step, **{k: float(v) for k, v in sorted(values.items())}}
+    row |= {"seconds": round(seconds, 3), "steps_per_second": round(rate, 4)}
+    self._rows.write(json.dumps(row) + "\n")
+    self._rows.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, float(value), step)
+    if not quiet:
+      left = (self._num_steps - step) / rate if rate else 0.0
+      shown = "  ".join(f"{k} {float(v):.4g}" for k, v in sorted(values.items()) if _shown(k))
+      say(f"{self._name} {step}/{self._num_steps}  {rate:.1f} it/s  ETA {clock(left)}  {shown}")
+
+  def picture(self, step: int, name: str, image: np.ndarray) -> None:
+    """Adds a picture, uint8 [h, w, 3], to TensorBoard."""
+    if self._enabled:
+      self._board.add_image(name, image, step, dataformats="HWC")
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    if self._enabled:
+      self._rows.close()
+      self._board.close()
+
+
+def _shown(name: str) -> bool:
+  return name.endswith(("loss", "frechet_distance", "entropy", "disagreement", "token_accuracy"))
+
+
+def say(text: str) -> None:
+  """A console line, on process 0 only."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
+def clock(seconds: float) -> str:
+  """Seconds as m:ss or h:mm:ss."""
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

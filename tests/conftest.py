@@ -1,0 +1,63 @@
+"""Test environment: eight fake CPU devices, shape checks, a time limit per test, golden arrays."""
+
+import os
+
+# Before anything imports jax. One thread per device: bits must not depend on the number of cores.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_cpu_multi_thread_eigen=false",
+  ]
+)
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+import jaxtyping
+import numpy as np
+import pytest
+
+# From here on every annotated function and dataclass of dimo_jax checks its types and shapes.
+jaxtyping.install_import_hook("dimo_jax", "beartype.beartype")
+
+# Examples are the same in every run, and jit compilation may make the first one slow.
+hypothesis.settings.register_profile("dimo", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("dimo")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+# Seconds that the body of a test without the `slow` mark may take, fixtures not counted. Raise it
+# on a slow machine: DIMO_TEST_LIMIT_S=60 make test.
+TEST_LIMIT_S = float(os.environ.get("DIMO_TEST_LIMIT_S", "20"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+  """Fails a passed test that took longer than TEST_LIMIT_S and is not marked slow."""
+  report = yield
+  slow = item.get_closest_marker("slow") is not None
+  if report.when == "call" and report.passed and not slow and call.duration > TEST_LIMIT_S:
+    report.outcome = "failed"
+    report.longrepr = (
+      f"{item.nodeid} took {call.duration:.1f} s, the limit is {TEST_LIMIT_S:g} s: make it "
+      "smaller, mark it slow, or raise DIMO_TEST_LIMIT_S on a slow machine"
+    )
+  return report
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, Any]]:
+  """golden(name) -> arrays of tests/golden/<name>.npz by key, and `config` from `config_json`."""
+
+  def load(name: str) -> dict[str, Any]:
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
+      arrays = dict(file)
+    arrays["config"] = json.loads(str(arrays.pop("config_json", "{}")))
+    return arrays
+
+  return load

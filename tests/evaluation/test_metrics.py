@@ -1,0 +1,113 @@
+"""Metrics against the reference implementations' numbers, closed forms and plain loops."""
+
+import numpy as np
+import pytest
+
+from dimo_jax import types
+from dimo_jax.evaluation import metrics
+
+SETS = ("full", "lowrank", "small_dim")
+
+
+@pytest.fixture(scope="module")
+def arrays(golden):
+  return golden("11_metrics_math")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_statistics_match_golden(arrays, name):
+  for i in (1, 2):
+    statistics = metrics.FeatureStatistics.from_features(arrays[f"{name}/features_{i}"])
+    np.testing.assert_allclose(statistics.mean, arrays[f"{name}/mu_{i}"], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(statistics.covariance, arrays[f"{name}/sigma_{i}"], atol=1e-10)
+    assert statistics.num == len(arrays[f"{name}/features_{i}"])
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("reference", ["fid_pytorch_fid", "fid_torch_fidelity"])
+def test_frechet_distance_matches_golden(arrays, name, reference):
+  a, b = (metrics.FeatureStatistics.from_features(arrays[f"{name}/features_{i}"]) for i in (1, 2))
+  expected = arrays[f"{name}/{reference}"]
+  rtol = 1e-3 if name == "lowrank" else 1e-5
+  np.testing.assert_allclose(metrics.frechet_distance(a, b), expected, rtol=rtol)
+  np.testing.assert_allclose(metrics.frechet_distance(b, a), expected, rtol=rtol)
+
+
+@pytest.mark.parametrize("dim", [1, 5])
+@pytest.mark.parametrize("num_zero", [0, 1])
+def test_frechet_distance_of_commuting_covariances(dim, num_zero):
+  """With common eigenvectors it is |difference of means|^2 + sum (sqrt(a) - sqrt(b))^2."""
+  rng = np.random.default_rng(0)
+  vectors, _ = np.linalg.qr(rng.normal(size=(dim, dim)))
+  values_a, values_b = rng.uniform(0.1, 2, (2, dim))
+  values_a[:num_zero] = 0
+  mean_a, mean_b = rng.normal(size=(2, dim))
+  a = metrics.FeatureStatistics(mean_a, (vectors * values_a) @ vectors.T, 10)
+  b = metrics.FeatureStatistics(mean_b, (vectors * values_b) @ vectors.T, 10)
+  expected = np.sum((mean_a - mean_b) ** 2)
+  expected += np.sum((np.sqrt(values_a) - np.sqrt(values_b)) ** 2)
+  np.testing.assert_allclose(metrics.frechet_distance(a, b), expected, rtol=1e-6)
+  assert 0 <= metrics.frechet_distance(a, a) < 1e-7
+
+
+def test_statistics_reject_what_has_no_distance():
+  with pytest.raises(types.UserError, match="at least 2"):
+    metrics.FeatureStatistics.from_features(np.zeros((1, 3)))
+  a, b = (metrics.FeatureStatistics.from_features(np.eye(dim)) for dim in (3, 4))
+  with pytest.raises(types.UserError, match="3 against 4"):
+    metrics.frechet_distance(a, b)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("block_rows", [7, 1024])
+def test_precision_recall_matches_golden(arrays, monkeypatch, name, k, block_rows):
+  monkeypatch.setattr(metrics, "BLOCK_ROWS", block_rows)
+  result = metrics.precision_recall(arrays[f"{name}/features_1"], arrays[f"{name}/features_2"], k)
+  expected = arrays[f"{name}/prdc_k{k}_precision_recall_density_coverage"]
+  np.testing.assert_allclose(result, expected, rtol=1e-12)
+
+
+def test_precision_recall_of_known_lines():
+  """Real points at 0, 1, 2, 10; radii with k=1 are 1, 1, 1, 8 and balls are open."""
+  real = np.array([[0.0], [1.0], [2.0], [10.0]])
+  fake = np.array([[-1.0], [0.5], [30.0]])  # on the edge, inside two balls, outside
+  result = metrics.precision_recall(real, fake, k=1)
+  assert result == (1 / 3, 1.0, 2 / 3, 0.5)  # the radii of fake are 1.5, 1.5 and 29.5
+  with pytest.raises(types.UserError, match="k=3"):
+    metrics.precision_recall(real, fake, k=3)
+
+
+def test_class_agreement_counts_matches():
+  logits = np.array([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 4.0]])
+  assert metrics.class_agreement(logits, np.array([1, 0, 0, 1])) == 0.5
+
+
+def test_token_entropy_of_known_distributions():
+  uniform = np.arange(8)
+  constant = np.full(8, 7)
+  skewed = np.array([0, 0, 0, 0, 0, 0, 3, 3])  # 3/4 and 1/4
+  skewed_entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+  tokens = np.stack([uniform, constant, skewed], axis=1)
+  expected = (np.log(8) + 0 + skewed_entropy) / 3
+  np.testing.assert_allclose(metrics.token_entropy(tokens, 8), expected, rtol=1e-12)
+  for bad in (tokens - 1, tokens + 1):
+    with pytest.raises(types.UserError, match="codebook_size=8"):
+      metrics.token_entropy(bad, 8)
+
+
+def test_nearest_distances_match_a_loop(monkeypatch):
+  monkeypatch.setattr(metrics, "BLOCK_ROWS", 4)
+  rng = np.random.default_rng(0)
+  samples, references = rng.normal(size=(10, 3, 3, 2)), rng.normal(size=(7, 3, 3, 2))
+  samples[3] = references[5]
+  expected = [min(np.sqrt(np.sum((s - r) ** 2)) for r in references) for s in samples]
+  result = metrics.nearest_distances(samples, references)
+  np.testing.assert_allclose(result, expected, rtol=1e-12)
+  assert result[3] == 0
+
+
+def test_num_distinct_counts_rows():
+  tokens = np.array([[1, 2], [2, 1], [1, 2], [1, 1]])
+  assert metrics.num_distinct(tokens) == 3
+  assert metrics.num_distinct(tokens[:, :, None, None]) == 3

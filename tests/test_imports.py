@@ -1,0 +1,122 @@
+"""The import rules: layers of dimo_jax, no torch or TensorFlow, configs are plain."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dimo_jax"
+
+# A module imports only from rows above its own; modules of one row do not import each other, and a
+# package may import from within itself.
+LAYERS = """
+types
+processes
+sharding
+optim
+state
+models
+convert
+teachers
+data
+samplers
+objectives
+step
+evaluation
+writers preemption health
+checkpoint
+build
+prepare
+hooks
+train
+export sample evaluate benchmark plan pairs
+main
+"""
+RANK = {name: row for row, line in enumerate(LAYERS.split("\n")) for name in line.split()}
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+import dimo_jax
+def fail(name):
+  raise ImportError(name)
+for module in pkgutil.walk_packages(dimo_jax.__path__, "dimo_jax.", onerror=fail):
+  importlib.import_module(module.name)
+roots = {name.split(".")[0] for name in sys.modules}
+print(*sorted(roots & {"torch", "tensorflow", "tensorboard", "torchvision"}))
+"""
+
+
+def imports(source: str) -> set[str]:
+  """Dotted names that a source text imports, also inside functions; `a.b` for `from a import b`."""
+  names = set()
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      base = "." * node.level + (node.module or "")
+      names |= {f"{base}.{alias.name}" for alias in node.names}
+  return names
+
+
+def violations(module: str, source: str) -> list[str]:
+  """What is wrong with the imports of a top-level module (or a file of that package)."""
+  if module not in RANK:
+    return [f"{module} has no row in LAYERS"]
+  wrong = []
+  for name in sorted(imports(source)):
+    root, _, rest = name.partition(".")
+    target = rest.partition(".")[0]
+    if root == "":
+      wrong.append(f"{name}: relative imports are not used")
+    elif root == "dimo_jax" and target not in RANK:
+      wrong.append(f"{name} has no row in LAYERS")
+    elif root == "dimo_jax" and target != module and RANK[target] >= RANK[module]:
+      wrong.append(f"{module} may not import {name}")
+  return wrong
+
+
+def package_files() -> list[pathlib.Path]:
+  return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", package_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_layers(path):
+  module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+  assert not violations(module, path.read_text())
+
+
+def test_package_init_imports_nothing():
+  assert not imports((PACKAGE / "__init__.py").read_text())
+
+
+@pytest.mark.parametrize(
+  ("module", "source", "count"),
+  [
+    ("step", "from dimo_jax.objectives.dimo import loss\nimport dimo_jax.types, jax", 0),
+    ("models", "from dimo_jax.models import layers", 0),
+    ("models", "def f():\n  from dimo_jax.train import run", 1),
+    ("types", "import dimo_jax.processes.masking", 1),
+    ("plan", "from dimo_jax import pairs, train", 1),
+    ("step", "from .objectives import dimo\nfrom . import types", 2),
+    ("step", "from dimo_jax import unheard_of", 1),
+    ("unheard_of", "import jax", 1),
+  ],
+)
+def test_violations_are_seen(module, source, count):
+  assert len(violations(module, source)) == count
+
+
+def test_no_torch_and_no_tensorflow():
+  command = [sys.executable, "-c", IMPORT_ALL]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
+def test_configs_import_only_ml_collections_and_configs(path):
+  roots = {name.partition(".")[0] for name in imports(path.read_text())}
+  assert roots <= {"ml_collections", "configs"}
