@@ -26,5 +26,5 @@ def get_config() -> ConfigDict:
     checkpoint_every_steps=5,
     num_pictures=20,
   )
-  config.evaluation.teacher_steps = (1, 4)
+  config.evaluation.update(protocol="debug", batch_size=48, teacher_steps=(1, 4))
   return config

@@ -53,12 +53,16 @@ def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
     return None
   directory = workdir / "classifier"
   directory.mkdir(parents=True, exist_ok=True)
-  check_record(directory, flat_fields(experiment.config, "data"))
+  check_record(directory, flat_fields(experiment.config, "data", "evaluation.protocol"))
   path = directory / "classifier.safetensors"
   if not path.exists():
     train, test = load_arrays(experiment.train_source), load_arrays(experiment.test_source)
     classifier = train_classifier(
-      *train, experiment.config.data.num_classes, test_images=test[0], test_labels=test[1]
+      *train,
+      experiment.config.data.num_classes,
+      num_steps=protocol.classifier_steps,
+      test_images=test[0],
+      test_labels=test[1],
     )
     classifier.save(path)
   classifier = Classifier.load(path)

@@ -26,6 +26,7 @@ class Protocol:
     num_levels: grey levels of the data set, equally spaced over [-1, 1].
     num_neighbors: k of precision and recall.
     feature_network: what the features are, for the report.
+    classifier_steps: updates of the feature network's training.
   """
 
   name: str
@@ -34,6 +35,7 @@ class Protocol:
   num_levels: int
   num_neighbors: int
   feature_network: str
+  classifier_steps: int
 
   def labels(self, reference_labels: Int[np.ndarray, "m"]) -> Int[np.ndarray, "n"]:
     """The classes to generate: the reference split's labels in order, repeated if too few.
@@ -188,13 +190,23 @@ def _token_entropy(tokens: np.ndarray | Array, codebook_size: int | None, num_im
   return metrics.token_entropy(tokens, codebook_size)
 
 
+_DIGITS = Protocol(
+  name="digits",
+  reference_split="train",
+  num_images=1437,
+  num_levels=17,
+  num_neighbors=3,
+  feature_network="32 penultimate features of a small convolutional classifier of the digits",
+  classifier_steps=800,
+)
 PROTOCOLS = {
-  "digits": Protocol(
-    name="digits",
-    reference_split="train",
-    num_images=1437,
-    num_levels=17,
-    num_neighbors=3,
-    feature_network="32 penultimate features of a small convolutional classifier of the digits",
+  "digits": _DIGITS,
+  # For configs/debug.py: the same wiring in a second; its numbers mean nothing.
+  "debug": dataclasses.replace(
+    _DIGITS,
+    name="debug",
+    num_images=96,
+    feature_network="a barely trained classifier: these numbers mean nothing",
+    classifier_steps=40,
   ),
 }

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import initializers
+from jax.typing import DTypeLike
 
 from dimo_jax.processes.masking import perturb
 from dimo_jax.types import Array, Float, Int, Key
@@ -26,7 +27,7 @@ class Block(nn.Module):
   num_heads: int
   mlp_dim: int
   dropout: float
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(
@@ -87,7 +88,16 @@ class MaskTransformer(nn.Module):
   mlp_dim: int
   dropout: float = 0.0
   scan_layers: bool = False
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
+
+  @property
+  def forward_flops(self) -> int:
+    """Floating-point operations of one sample's forward pass, matrix products only."""
+    d, n, num_outputs = self.hidden_dim, self.num_tokens + 1, self.codebook_size + 1
+    block = 2 * n * (4 * d * d + 2 * d * self.mlp_dim) + 4 * n * n * d
+    stem = 2 * n * 2 * d * d
+    head = 2 * self.num_tokens * (d * d + d * num_outputs)
+    return self.num_layers * block + stem + head
 
   @nn.compact
   def __call__(

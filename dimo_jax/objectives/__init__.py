@@ -1,7 +1,7 @@
 """Objectives: the two losses that turn a teacher into a generator."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dimo_jax.objectives.dimo import Dimo
 from dimo_jax.state import Nets
@@ -10,6 +10,7 @@ from dimo_jax.types import Array, Batch, Float, Int, Key, Metrics, Params
 __all__ = ["OBJECTIVES", "Objective"]
 
 
+@runtime_checkable
 class Objective(Protocol):
   """What `step.distill_step` needs of a method.
 

@@ -128,6 +128,18 @@ class Dimo:
       allow_mask_token=self.allow_mask_token,
     )
 
+  @property
+  def forward_equivalents(self) -> dict[str, int]:
+    """Forward passes a sample costs in one iteration, by network; a backward pass counts two."""
+    guided_teacher = 1 if self.teacher_guidance == 1 and not self.adaptive_guidance else 2
+    guided_fake = 1 if self.fake_guidance == 1 else 2
+    trained_fake = 1 if self.fake_train_guidance == 1 else 2
+    return {
+      "generator": 3 + self.fake_rounds,
+      "teacher": guided_teacher,
+      "fake_score": guided_fake + 3 * trained_fake * self.fake_rounds,
+    }
+
   def draw_generator(self, key: Key, batch: Batch, clock: Int[Array, ""]) -> DimoDraws:
     """Draws for a generator update; `batch` leaves are [accumulation, b, ...].
 

@@ -1,6 +1,6 @@
 """Tokenizers: images to grids of codes and back. Parameters are arguments, never captured."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +9,7 @@ from sklearn.cluster import KMeans
 from dimo_jax.types import Array, Float, Int, Params, UserError
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
   """What a masked teacher needs of a tokenizer.
 

@@ -1,0 +1,180 @@
+"""Times the distillation step: `python -m dimo_jax.benchmark --config=configs/imagenet256.py`.
+
+Weights are random, so nothing needs to be trained or read. Prints one line per phase and one JSON
+line with everything; times are medians, compilation apart.
+"""
+
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import config_flags
+
+from dimo_jax import prepare, train
+from dimo_jax.build import Experiment, build
+from dimo_jax.evaluate import versions
+from dimo_jax.state import DistillState, Nets, NetworkState
+from dimo_jax.types import UserError
+from dimo_jax.writers import say
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
+_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed runs of each phase.")
+_PEAK_SIZES = flags.DEFINE_list(
+  "peak_sizes", None, "Sides of the square products that give the matmul peak; default by device."
+)
+_NUM_WARMUP = 2
+
+
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+  """Median wall-clock seconds of a call whose result is waited for, after two warm-ups."""
+  times = []
+  for i in range(_NUM_WARMUP + repeats):
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    if i >= _NUM_WARMUP:
+      times.append(time.perf_counter() - began)
+  return statistics.median(times)
+
+
+def matmul_peak(dtype: jnp.dtype, sizes: list[int], repeats: int) -> float:
+  """The best FLOP/s of square products on one device: what a step is measured against."""
+  best = 0.0
+  product = jax.jit(jnp.matmul)
+  for n in sizes:
+    a, b = (jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2))
+    best = max(best, 2 * n**3 / median_seconds(functools.partial(product, a, b), repeats))
+  return best
+
+
+def phases(
+  experiment: Experiment, state: DistillState, teacher: NetworkState, batch: Any
+) -> dict[str, Callable[[], Any]]:
+  """Parts of the iteration, jitted alone; they overlap, so they do not add up to the whole."""
+  objective = experiment.objective
+  nets = Nets(state.generator, state.fake_score, teacher)
+  key, clock = jax.random.key(0), state.clock
+  micro = jax.tree.map(lambda x: x[0], batch["generator"])
+
+  @jax.jit
+  def generate(nets, micro):
+    draws = _first(objective.draw_generator(key, batch["generator"], clock))
+    return objective.generate(nets.generator.params, nets, micro, draws).output
+
+  @jax.jit
+  def generator_gradient(nets, micro):
+    draws = _first(objective.draw_generator(key, batch["generator"], clock))
+    loss = functools.partial(
+      objective.generator_loss, nets=nets, batch=micro, draws=draws, extra=state.extra
+    )
+    return jax.grad(loss, has_aux=True)(nets.generator.params)[0]
+
+  @jax.jit
+  def fake_score_gradient(nets, micro):
+    draws = _first(objective.draw_fake(key, batch["generator"], clock))
+    samples = objective.generate(nets.generator.params, nets, micro, draws)
+    loss = functools.partial(
+      objective.fake_score_loss,
+      nets=nets,
+      samples=samples,
+      batch=micro,
+      draws=draws,
+      extra=state.extra,
+    )
+    return jax.grad(loss, has_aux=True)(nets.fake_score.params)[0]
+
+  return {
+    "generate": functools.partial(generate, nets, micro),
+    "generator_gradient": functools.partial(generator_gradient, nets, micro),
+    "fake_score_gradient": functools.partial(fake_score_gradient, nets, micro),
+  }
+
+
+def _first(draws: Any) -> Any:
+  return jax.tree.map(lambda x: x[0], draws)
+
+
+def run(experiment: Experiment, repeats: int, peak_sizes: list[int]) -> dict[str, Any]:
+  """Benchmarks one config; returns what the JSON line holds."""
+  config = experiment.config
+  params = prepare.random_teacher(experiment)
+  state = train.initial_state(experiment, params)
+  teacher = train.teacher_state(experiment, params, {})
+  batch = next(train.distill_batches(experiment, 0, 1))
+  key = train.base_key(experiment)
+
+  began = time.perf_counter()
+  step = train.jit_distill_step(experiment, state, teacher).lower(state, teacher, batch, key)
+  compiled = step.compile()
+  compile_seconds = time.perf_counter() - began
+  memory = compiled.memory_analysis()
+
+  seconds = {}
+  for name, call in phases(experiment, state, teacher, batch).items():
+    seconds[name] = median_seconds(call, repeats)
+    say(f"{name:22s} {1e3 * seconds[name]:10.1f} ms")
+
+  holder = [state]  # the step donates its state, so each call hands over the last one's result
+
+  def iterate():
+    holder[0], metrics = compiled(holder[0], teacher, batch, key)
+    return holder[0], metrics
+
+  seconds["iteration"] = median_seconds(iterate, repeats)
+  say(f"{'iteration':22s} {1e3 * seconds['iteration']:10.1f} ms")
+
+  samples = config.train.batch_size * config.train.accumulation
+  passes = experiment.objective.forward_equivalents
+  flops = {k: v * samples * experiment.teacher.network.forward_flops for k, v in passes.items()}
+  rate = sum(flops.values()) / seconds["iteration"]
+  peak = matmul_peak(experiment.teacher.network.dtype, peak_sizes, repeats) * jax.device_count()
+  device = jax.devices()[0]
+  statistics_of_device = device.memory_stats() or {}
+  result = {
+    "versions": versions(),
+    "batch_size": config.train.batch_size,
+    "accumulation": config.train.accumulation,
+    "compute_dtype": config.precision.compute_dtype,
+    "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
+    "seconds": seconds,
+    "compile_seconds": compile_seconds,
+    "tokens_per_second": samples * experiment.teacher.network.num_tokens / seconds["iteration"],
+    "model_flops": flops,
+    "model_flops_per_second": rate,
+    "matmul_peak_flops_per_second": peak,
+    "share_of_peak": rate / peak,
+    "program_bytes": {
+      "arguments": memory.argument_size_in_bytes,
+      "temporaries": memory.temp_size_in_bytes,
+    },
+    "peak_bytes_in_use": statistics_of_device.get("peak_bytes_in_use"),
+  }
+  say(
+    f"{result['tokens_per_second']:.0f} tokens/s, {rate / 1e9:.1f} GFLOP/s,"
+    f" {100 * result['share_of_peak']:.1f}% of the matmul peak {peak / 1e9:.1f} GFLOP/s,"
+    f" compiled in {compile_seconds:.1f} s"
+  )
+  return result
+
+
+def _main(argv: list[str]) -> None:
+  if len(argv) > 1 or _CONFIG.value is None:
+    raise app.UsageError("usage: python -m dimo_jax.benchmark --config=configs/imagenet256.py")
+  on_cpu = jax.default_backend() == "cpu"
+  sizes = _PEAK_SIZES.value or ([512, 1024, 2048] if on_cpu else [4096, 8192, 16384])
+  config = _CONFIG.value
+  config.teacher.path = "random"
+  try:
+    result = run(build(config), _REPEATS.value, [int(size) for size in sizes])
+  except UserError as error:
+    raise SystemExit(f"error: {error}") from error
+  say(json.dumps(result))
+
+
+if __name__ == "__main__":
+  app.run(_main)
