@@ -71,9 +71,9 @@ def test_precision_recall_matches_golden(arrays, monkeypatch, name, k, block_row
 def test_precision_recall_of_known_lines():
   """Real points at 0, 1, 2, 10; radii with k=1 are 1, 1, 1, 8 and balls are open."""
   real = np.array([[0.0], [1.0], [2.0], [10.0]])
-  fake = np.array([[-1.0], [0.5], [30.0]])  # on the edge, inside two balls, outside
+  fake = np.array([[-1.0], [0.5], [18.0]])  # on an edge, inside two balls, on an edge
   result = metrics.precision_recall(real, fake, k=1)
-  assert result == (1 / 3, 1.0, 2 / 3, 0.5)  # the radii of fake are 1.5, 1.5 and 29.5
+  assert result == (1 / 3, 1.0, 2 / 3, 0.5)  # the radii of fake are 1.5, 1.5 and 17.5
   with pytest.raises(types.UserError, match="k=3"):
     metrics.precision_recall(real, fake, k=3)
 

@@ -20,9 +20,9 @@ def make_row(model, sampler, steps, distance, rate=100.0, **more):
 RESULTS = [
   make_row("student", "one step", 1, 0.512),
   make_row("student", "one step", 1, 0.402, seed=1),
-  make_row("teacher", "maskgit random order", 16, 0.361),
+  make_row("teacher", "maskgit random order", 16, 0.361, rate=50.0),
   make_row("teacher", "maskgit confidence order", 16, 0.43, token_entropy=2.345),
-  make_row("teacher", "maskgit confidence order", 4, 0.5),
+  make_row("teacher", "maskgit confidence order", 4, 0.5, rate=200.0),
   make_row("real", "real data", 0, 0.33, rate=None),
 ]
 
@@ -130,6 +130,7 @@ def test_only_recorded_curves_are_drawn_and_follow_the_theme(tmp_path, arguments
     assert color not in text and f"{variable}:" in text
   assert "var(--series-0)" in text and "var(--ink)" in text
   label = [value for tag, value in page.texts if tag == "text"]
+  assert {"5", "10", "20"} <= set(label)  # milliseconds at 200, 100 and 50 images per second
   assert "milliseconds per image" in label and "real data (floor)" in label
 
 
