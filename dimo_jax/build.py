@@ -1,8 +1,10 @@
 """From a config to objects: the `ConfigDict` stops here, and so does most bad input."""
 
 import dataclasses
+import math
 
 import ml_collections
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from dimo_jax.data.sources import Source, load_source
@@ -19,6 +21,7 @@ from dimo_jax.teachers.tokenizers import Tokenizer
 from dimo_jax.types import UserError, choose
 
 STORAGE_DTYPES = ("float32", "bfloat16")
+NUM_SEEDS = 2**32  # what every generator of random numbers takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +155,9 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
 
 def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   """Ranges of the fields that no factory looks at."""
+  for path, value in traverse_util.flatten_dict(config.to_dict(), sep=".").items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise UserError(f"{path}={value} must be finite")
   check_batch(config.train.batch_size, mesh, "train.batch_size")
   choose(dict.fromkeys(STORAGE_DTYPES), config.precision.teacher_dtype, "precision.teacher_dtype")
   positive = (
@@ -176,8 +182,9 @@ def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   ):
     if not 0 <= decay < 1:
       raise UserError(f"{path}={decay} must lie in [0, 1)")
-  if config.seed < 0:
-    raise UserError(f"seed={config.seed} must not be negative")
+  for path, seed in (("seed", config.seed), ("evaluation.seed", config.evaluation.seed)):
+    if not 0 <= seed < NUM_SEEDS:
+      raise UserError(f"{path}={seed} must lie in 0 .. {NUM_SEEDS - 1}")
   if not config.evaluation.teacher_steps or min(config.evaluation.teacher_steps) < 1:
     raise UserError(
       f"evaluation.teacher_steps={config.evaluation.teacher_steps} must hold positive step counts"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dimo_jax.sharding import Rules, state_sharding
-from dimo_jax.types import Params, UserError
+from dimo_jax.types import Array, Int, Params, UserError
 from dimo_jax.writers import say, write_atomically
 
 BEST_METRIC = "evaluation/frechet_distance"  # lower is better
@@ -37,20 +38,29 @@ class Checkpoints:
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
+    for path in self._directory.glob("*/metrics/metrics"):  # one bad file would fail them all
+      try:
+        json.loads(path.read_text(encoding="utf-8"))
+      except ValueError as error:
+        self._move_aside(int(path.parts[-3]), error)
     policies = checkpoint_managers.preservation_policy
     keep = policies.AnyPreservationPolicy(
       [
         policies.LatestN(self._keep),
         policies.BestN(
           n=1,
-          get_metric_fn=lambda metrics: metrics[BEST_METRIC],
+          get_metric_fn=_best_metric,
           reverse=True,
           keep_checkpoints_without_metrics=False,
         ),
       ]
     )
     options = ocp.CheckpointManagerOptions(
-      preservation_policy=keep, create=True, cleanup_tmp_directories=True
+      preservation_policy=keep,
+      best_fn=_best_metric,  # without it the metrics are not written
+      best_mode="min",
+      create=True,
+      cleanup_tmp_directories=True,
     )
     return ocp.CheckpointManager(self._directory, options=options)
 
@@ -59,7 +69,12 @@ class Checkpoints:
     if step in self._manager.all_steps():
       return
     tree = serialization.to_state_dict(state)
-    self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=dict(metrics or {}) or None)
+    self._manager.save(
+      step,
+      args=ocp.args.StandardSave(tree),
+      metrics=dict(metrics or {}) or None,
+      custom_metadata={"checksums": checksums(tree)},
+    )
 
   def restore(self, state: Any, mesh: Any, rules: Rules, step: int | None = None) -> Any | None:
     """(state, step) from the newest readable checkpoint (or a given one); None if there is none.
@@ -80,33 +95,36 @@ class Checkpoints:
     abstract = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, shardings
     )
-    damaged = []
-    restored = None
     for candidate in steps:
       try:
         tree = self._manager.restore(candidate, args=ocp.args.StandardRestore(abstract))
-        restored = serialization.from_state_dict(state, tree), candidate
-        break
+        self._verify(candidate, tree)
+        return serialization.from_state_dict(state, tree), candidate
       except Exception as error:  # whatever a damaged file makes of itself
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
-        say(f"checkpoint {self._directory / str(candidate)} is damaged and skipped: {reason}")
-        damaged.append(candidate)
-    self._set_aside(damaged)
-    return restored
+        self._manager.close()
+        self._move_aside(candidate, error)
+        self._manager = self._open()
+    return None
 
-  def _set_aside(self, steps: list[int]) -> None:
-    if not steps:
-      return
-    self._manager.close()
-    for step in steps:
-      target = self._directory / "damaged" / str(step)
-      target.parent.mkdir(exist_ok=True)
-      for i in range(1, 1000):
-        if not target.exists():
-          break
-        target = target.with_name(f"{step}-{i}")
-      (self._directory / str(step)).rename(target)
-    self._manager = self._open()
+  def _verify(self, step: int, tree: Any) -> None:
+    saved = self._manager.metadata(step).custom_metadata.get("checksums")
+    if saved is None:
+      raise ValueError("its checksums cannot be read")
+    changed = [name for name, value in checksums(tree).items() if saved.get(name) != value]
+    if changed:
+      raise ValueError(f"{changed[0]} is not what was saved ({len(changed)} arrays changed)")
+
+  def _move_aside(self, step: int, error: Exception) -> None:
+    path = self._directory / str(step)
+    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
+    say(f"checkpoint {path} is damaged and skipped: {reason}")
+    target = self._directory / "damaged" / str(step)
+    target.parent.mkdir(exist_ok=True)
+    for i in range(1, 1000):
+      if not target.exists():
+        break
+      target = target.with_name(f"{step}-{i}")
+    path.rename(target)
 
   def best_step(self) -> int | None:
     """The step with the best evaluation, if any was evaluated."""
@@ -118,29 +136,61 @@ class Checkpoints:
     self._manager.close()
 
 
+def _best_metric(metrics: Mapping[str, float]) -> float:
+  return metrics[BEST_METRIC]
+
+
+def checksums(tree: Any) -> dict[str, int]:
+  """A number for each array by flat path; the same however the arrays are sharded."""
+  flat = traverse_util.flatten_dict(tree, sep="/")
+  sums = jax.device_get({name: _checksum(array) for name, array in flat.items()})
+  return {name: int(value) for name, value in sums.items()}
+
+
+@jax.jit
+def _checksum(array: Array) -> Int[Array, ""]:
+  """The words, each times an odd number of its own, summed modulo 2^32: one changed bit shows."""
+  words = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+  factors = 2 * jnp.arange(array.size, dtype=jnp.uint32).reshape(array.shape) + 1
+  return jnp.sum(words.astype(jnp.uint32) * factors, dtype=jnp.uint32)
+
+
 def check_record(directory: Path, fields: Mapping[str, Any]) -> None:
   """Records what a stage depends on, or compares it with the record of the run begun there.
 
   Raises:
     UserError: fields differ; all of them are named.
   """
+  changed = changed_fields(directory, fields)
+  refuse_changes(directory, changed)
   path = directory / "record.json"
-  fields = json.loads(json.dumps(dict(fields)))
   if not path.exists():
-    write_atomically(path, json.dumps(fields, indent=1, sort_keys=True))
-    return
+    write_atomically(path, json.dumps(dict(fields), indent=1, sort_keys=True))
+
+
+def changed_fields(directory: Path, fields: Mapping[str, Any]) -> dict[str, str]:
+  """`old -> new` by name, for what differs from the record of a run begun in `directory`."""
+  path = directory / "record.json"
+  if not path.exists():
+    return {}
+  fields = json.loads(json.dumps(dict(fields)))
   try:
     recorded = json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
+  except ValueError as error:
     raise UserError(f"{path} is damaged ({error}); move {directory} away to start again") from error
-  changed = [
-    f"{name} {recorded.get(name)!r} -> {fields.get(name)!r}"
-    for name in sorted({*recorded, *fields})
+  return {
+    name: f"{recorded.get(name)!r} -> {fields.get(name)!r}"
+    for name in {*recorded, *fields}
     if recorded.get(name) != fields.get(name)
-  ]
+  }
+
+
+def refuse_changes(directory: Path, changed: Mapping[str, str]) -> None:
+  """Raises UserError, naming every changed field, if there are any."""
   if changed:
+    listed = "; ".join(f"{name} {change}" for name, change in sorted(changed.items()))
     raise UserError(
-      f"{directory} was begun with another config: {'; '.join(changed)}."
+      f"{directory} was begun with another config: {listed}."
       " Undo the change, or use a new --workdir"
     )
 

@@ -41,11 +41,12 @@ def ancestral(experiment: Experiment) -> MaskGit:
 
 def evaluate_workdir(experiment: Experiment, workdir: Path) -> None:
   """Evaluates a trained workdir; without a protocol there is nothing to do, and it says so."""
-  reference = prepare.fit_classifier(experiment, workdir)
-  if reference is None:
+  if experiment.protocol is None:
     say("evaluation: off (evaluation.protocol='none')")
     return
   teacher, state = train.restore(experiment, workdir)
+  reference = prepare.fit_classifier(experiment, workdir)
+  assert reference is not None  # there is a protocol
   evaluate(experiment, workdir, teacher, state, reference)
 
 

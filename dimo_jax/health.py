@@ -1,8 +1,12 @@
 """Signs that a run has gone wrong, and the word on what to look at."""
 
 import dataclasses
+import errno
 import math
+import os
 from collections.abc import Mapping
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RunStopped(Exception):
@@ -68,3 +72,14 @@ class Health:
         f"step {step}: {name}={metrics[name]:.4g} {text}. ({self.patience} readings in a row,"
         " health.patience)"
       )
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+  """Whether a full disk is at the root of it; libraries wrap the system's error, or its text."""
+  while error is not None:
+    if getattr(error, "errno", None) in _DISK_FULL or any(
+      os.strerror(number) in str(error) for number in _DISK_FULL
+    ):
+      return True
+    error = error.__cause__ or error.__context__
+  return False

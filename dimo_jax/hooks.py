@@ -30,9 +30,19 @@ def protocol_labels(experiment: Experiment, reference: Reference) -> np.ndarray:
 
 
 def sample_protocol(
-  experiment: Experiment, sampler: Sampler, network: NetworkState, labels: np.ndarray
+  experiment: Experiment,
+  sampler: Sampler,
+  network: NetworkState,
+  labels: np.ndarray,
+  *,
+  interruptible: bool = True,
 ) -> Generated:
-  """One sample per label, with the evaluation's seed and batch size."""
+  """One sample per label, with the evaluation's seed and batch size.
+
+  Raises:
+    Preempted: a signal came, and it is interruptible. In a training it is not: there the figures
+      must be on disk before the checkpoint of their step.
+  """
   evaluation = experiment.config.evaluation
   return generate(
     sampler,
@@ -42,16 +52,25 @@ def sample_protocol(
     seed=evaluation.seed,
     batch_size=evaluation.batch_size,
     mesh=experiment.mesh,
-    between_batches=STOP.raise_if_set,
+    between_batches=STOP.raise_if_set if interruptible else None,
   )
 
 
 def evaluate_sampler(
-  experiment: Experiment, reference: Reference, sampler: Sampler, network: NetworkState
+  experiment: Experiment,
+  reference: Reference,
+  sampler: Sampler,
+  network: NetworkState,
+  *,
+  interruptible: bool = True,
 ) -> dict[str, float | int | None]:
-  """The protocol's metrics of a network under a sampler, with `images_per_second`."""
+  """The protocol's metrics of a network under a sampler, with `images_per_second`.
+
+  Raises:
+    Preempted: a signal came, and it is interruptible.
+  """
   labels = protocol_labels(experiment, reference)
-  samples = sample_protocol(experiment, sampler, network, labels)
+  samples = sample_protocol(experiment, sampler, network, labels, interruptible=interruptible)
   row = reference.evaluate(
     samples.images, labels, samples.tokens, experiment.tokenizer.codebook_size
   )

@@ -1,6 +1,7 @@
 """Command line: flags and dispatch. `python -m dimo_jax.main --config=configs/digits.py`."""
 
-import errno
+import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -32,7 +33,7 @@ def _dispatch(argv: list[str]) -> None:
   from dimo_jax import build, evaluate, sample, train
   from dimo_jax.preemption import STOP
 
-  logging.set_verbosity(logging.WARNING)  # orbax tells every step it takes
+  logging.set_verbosity(logging.FATAL)  # orbax logs every step, and errors before it raises them
   experiment, workdir = build.build(_CONFIG.value), Path(_WORKDIR.value)
   STOP.install()
   if _MODE.value == "train":
@@ -41,8 +42,7 @@ def _dispatch(argv: list[str]) -> None:
   if _MODE.value in ("train", "evaluate"):
     evaluate.evaluate_workdir(experiment, workdir)
   if _MODE.value == "sample":
-    out = Path(_OUT.value) if _OUT.value else workdir / "samples.png"
-    sample.sample_workdir(experiment, workdir, _LABELS.value, _SEED.value, out)
+    sample.sample_workdir(experiment, workdir, _LABELS.value, _SEED.value, _OUT.value)
 
 
 def _check_writable(workdir: Path) -> None:
@@ -56,29 +56,38 @@ def _check_writable(workdir: Path) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   try:
-    return flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    raise UserError(str(error).strip("'\"").replace("\n", " ")) from error
+    rest = flags.FLAGS(argv)
+    _ = _CONFIG.value and _CONFIG.value.is_locked  # a file that is missing shows at the first use
+    return rest
+  except (AttributeError, KeyError) as error:  # its text may name the nearest field
+    words = set(re.findall(r"\w+", str(error)))
+    given = [arg for arg in argv[1:] if words & set(re.split("[.=]", arg)[1:])]
+    near = re.findall(r'Did you mean ("\w+")', str(error)) if given else []
+    text = f"{given[-1]}: no such field" if given else f"--config: {error}"
+    raise UserError("; did you mean ".join([text, *near])) from error
+  except OSError as error:
+    raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
+  except (flags.Error, TypeError, ValueError) as error:
+    raise UserError(" ".join(str(error).split())) from error
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
   """Runs the command line; every way to fail has its line and its exit code."""
-  from dimo_jax.health import RunStopped
+  from dimo_jax.health import RunStopped, disk_is_full
   from dimo_jax.preemption import RESUME_EXIT_CODE, Preempted
 
   try:
-    app.run(_dispatch, argv=argv, flags_parser=_parse_flags)
-  except UserError as error:
-    sys.exit(_fail(error, BAD_INPUT))
-  except RunStopped as error:
-    sys.exit(_fail(error, STOPPED))
+    app.run(_dispatch, flags_parser=_parse_flags)
+  except (UserError, RunStopped) as error:
+    sys.exit(_fail(error, BAD_INPUT if isinstance(error, UserError) else STOPPED))
   except Preempted as error:
     print(error, flush=True)
     sys.exit(RESUME_EXIT_CODE)
-  except OSError as error:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+  except Exception as error:
+    if not disk_is_full(error):
       raise
-    sys.exit(_fail(f"the disk is full ({error}); free some and run the same command again", 1))
+    code = _fail("the disk is full; free some space and run the same command again", 1)
+    os._exit(code)  # a plain exit would let TensorBoard's writer try again, and say so at length
 
 
 def _fail(error: object, code: int) -> int:

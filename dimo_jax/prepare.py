@@ -9,7 +9,14 @@ import numpy as np
 from flax import traverse_util
 
 from dimo_jax.build import Experiment
-from dimo_jax.checkpoint import check_record, load_params, params_hash, save_params
+from dimo_jax.checkpoint import (
+  changed_fields,
+  check_record,
+  load_params,
+  params_hash,
+  refuse_changes,
+  save_params,
+)
 from dimo_jax.convert import maskgit
 from dimo_jax.data.sources import Source
 from dimo_jax.evaluation.features import Classifier, train_classifier
@@ -33,7 +40,7 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
   if not experiment.has_pictures:
     return {}
   directory.mkdir(parents=True, exist_ok=True)
-  check_record(directory, flat_fields(config, "data", "tokenizer", "seed"))
+  check_record(directory, tokenizer_fields(experiment))
   path = directory / "tokenizer.safetensors"
   if not path.exists():
     images, _ = load_arrays(experiment.train_source)
@@ -53,7 +60,7 @@ def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
     return None
   directory = workdir / "classifier"
   directory.mkdir(parents=True, exist_ok=True)
-  check_record(directory, flat_fields(experiment.config, "data", "evaluation.protocol"))
+  check_record(directory, classifier_fields(experiment))
   path = directory / "classifier.safetensors"
   if not path.exists():
     train, test = load_arrays(experiment.train_source), load_arrays(experiment.test_source)
@@ -120,6 +127,38 @@ def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | N
   return jax.tree.map(jnp.asarray, network), tokenizer
 
 
+def check_workdir(experiment: Experiment, workdir: Path) -> None:
+  """What the stages would find one after the other, found before any of them computes.
+
+  Raises:
+    UserError: the given teacher cannot be used, or the config differs from the records of the
+      stages begun in `workdir`; all changes are named at once.
+  """
+  path = experiment.config.teacher.path
+  if path not in ("", "random"):
+    load_teacher(experiment, Path(path))
+  stages = {"tokenizer": tokenizer_fields(experiment), "distill": distill_fields(experiment)}
+  if experiment.protocol is not None:
+    stages["classifier"] = classifier_fields(experiment)
+  if not path:
+    stages["teacher"] = teacher_fields(experiment)
+  changed: dict[str, str] = {}
+  for stage, fields in stages.items():
+    changed |= changed_fields(workdir / stage, fields)
+  changed.pop("teacher.sha256", None)  # compared once the teacher is there
+  refuse_changes(workdir, changed)
+
+
+def tokenizer_fields(experiment: Experiment) -> dict:
+  """What a fitted tokenizer depends on, by flat name."""
+  return flat_fields(experiment.config, "data", "tokenizer", "seed")
+
+
+def classifier_fields(experiment: Experiment) -> dict:
+  """What the evaluation's classifier depends on, by flat name."""
+  return flat_fields(experiment.config, "data", "evaluation.protocol")
+
+
 def teacher_fields(experiment: Experiment) -> dict:
   """What a teacher's training depends on, by flat name."""
   return flat_fields(
@@ -134,8 +173,8 @@ def teacher_fields(experiment: Experiment) -> dict:
   )
 
 
-def distill_fields(experiment: Experiment, teacher: Params) -> dict:
-  """What a distillation depends on, by flat name, the teacher by its hash; steps may be added."""
+def distill_fields(experiment: Experiment, teacher: Params | None = None) -> dict:
+  """What a distillation depends on, by flat name, a teacher by its hash; steps may be added."""
   fields = flat_fields(
     experiment.config,
     "data",
@@ -149,7 +188,7 @@ def distill_fields(experiment: Experiment, teacher: Params) -> dict:
     "train",
   )
   fields.pop("train.num_steps")
-  return fields | {"teacher.sha256": params_hash(teacher)}
+  return fields if teacher is None else fields | {"teacher.sha256": params_hash(teacher)}
 
 
 def flat_fields(config, *names: str) -> dict:

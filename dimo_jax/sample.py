@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dimo_jax import train
-from dimo_jax.build import Experiment
+from dimo_jax.build import NUM_SEEDS, Experiment
 from dimo_jax.evaluation import pictures
 from dimo_jax.evaluation.generation import generate
 from dimo_jax.hooks import sampling_network
@@ -26,7 +26,7 @@ def parse_labels(text: str, num_classes: int) -> np.ndarray:
     return np.arange(4 * min(num_classes, _NUM_COLUMNS), dtype=np.int32) % num_classes
   try:
     labels = np.array([int(part) for part in text.split(",")], np.int32)
-  except ValueError as error:
+  except (ValueError, OverflowError) as error:
     raise UserError(f"--labels={text!r} must be class ids such as 3,1,4") from error
   if labels.min() < 0 or labels.max() >= num_classes:
     raise UserError(f"--labels={text!r} must lie in 0 .. {num_classes - 1}")
@@ -34,18 +34,21 @@ def parse_labels(text: str, num_classes: int) -> np.ndarray:
 
 
 def sample_workdir(
-  experiment: Experiment, workdir: Path, labels_text: str, seed: int, out: Path
+  experiment: Experiment, workdir: Path, labels_text: str, seed: int, out_text: str
 ) -> None:
   """Writes a PNG grid of the student in `workdir`, one picture per label.
+
+  Without a file's name in `out_text` it is `samples.png` in the workdir.
 
   Raises:
     UserError: bad labels, nothing trained there, no decoder, or `out` cannot be written.
   """
+  out = Path(out_text or workdir / "samples.png")
   labels = parse_labels(labels_text, experiment.config.data.num_classes)
   if not experiment.has_pictures:
     raise UserError(f"tokenizer.name={experiment.config.tokenizer.name!r} cannot make pictures")
-  if seed < 0:
-    raise UserError(f"--seed={seed} must not be negative")
+  if not 0 <= seed < NUM_SEEDS:
+    raise UserError(f"--seed={seed} must lie in 0 .. {NUM_SEEDS - 1}")
   if out.suffix.lower() != ".png":
     raise UserError(f"--out={str(out)!r} must end in .png")
   teacher, state = train.restore(experiment, workdir)

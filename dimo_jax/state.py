@@ -51,7 +51,6 @@ class NetworkState(train_state.TrainState):
     autoencoder: parameters of the tokenizer or autoencoder (the teacher's state only).
   """
 
-  params: Params = struct.field(pytree_node=True)  # narrower than TrainState's FrozenDict
   frozen: Params = struct.field(default_factory=dict)
   autoencoder: Params = struct.field(default_factory=dict)
   null_fn: Callable[[Condition], Condition] = struct.field(pytree_node=False, default=lambda c: c)

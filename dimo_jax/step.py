@@ -38,7 +38,7 @@ def pretrain_step(
   (_, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
     network.params, network, tokens, batch, draws
   )
-  metrics["teacher/grad_norm"] = optax.global_norm(grads)
+  metrics["teacher/grad_norm"] = optax.tree.norm(grads)
   ema_step = network.step
   network = network.apply_gradients(grads=grads, clock=network.step)
   ema = _update_ema(state.ema, network.params, ema_decay, ema_step)
@@ -83,7 +83,7 @@ def distill_step(
   grads, extra, (samples, metrics) = _accumulate(
     generator_loss, before, (batch["generator"], draws), state.extra
   )
-  metrics = metrics | {"generator/grad_norm": optax.global_norm(grads)}
+  metrics = metrics | {"generator/grad_norm": optax.tree.norm(grads)}
   ema_step = state.generator.step
   generator = state.generator.apply_gradients(grads=grads, clock=state.clock)
   averaged = _update_ema(state.ema, generator.params, ema_decay, ema_step)
@@ -107,7 +107,7 @@ def distill_step(
     grads, extra, (_, metrics) = _accumulate(
       fake_score_loss, state.fake_score.params, (round_batch, draws, reused), state.extra
     )
-    metrics = metrics | {"fake_score/grad_norm": optax.global_norm(grads)}
+    metrics = metrics | {"fake_score/grad_norm": optax.tree.norm(grads)}
     fake_score = state.fake_score.apply_gradients(grads=grads, clock=state.clock)
     state = state.replace(fake_score=fake_score, clock=state.clock + 1, extra=extra)
     return state, metrics

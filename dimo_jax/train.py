@@ -57,7 +57,10 @@ class Loop:
       batches: from the number of steps done to the batches that follow.
       hooks: (period, `(state, writer) -> metrics`); also run after the last step; period 0 is off.
     """
-    state, start = self._restore(state)
+    restored = self._checkpoints.restore(state, self._mesh, self._rules)
+    state, start = restored or (state, 0)
+    if start:
+      say(f"{self._name}: goes on from step {start}")
     writer = Writer(self._directory, self._name, start, self._num_steps)
     pending = None  # (step, metrics) of the previous iteration
     stream = batches(start)
@@ -89,13 +92,6 @@ class Loop:
 
   def _due(self, step: int, period: int) -> bool:
     return period > 0 and (step % period == 0 or step == self._num_steps)
-
-  def _restore(self, state: Any) -> tuple[Any, int]:
-    restored = self._checkpoints.restore(state, self._mesh, self._rules)
-    if restored is None:
-      return state, 0
-    say(f"{self._name}: goes on from step {restored[1]}")
-    return restored
 
   def _record(
     self, writer: Writer, step: int, metrics: Metrics, extra: dict[str, float] | None = None
@@ -248,7 +244,8 @@ def distill(
   def evaluate(state: DistillState, writer: Writer) -> dict[str, float]:
     del writer
     student = sampling_network(experiment, state.ema_params, teacher.autoencoder)
-    row = evaluate_sampler(experiment, reference, experiment.one_step.at(int(state.clock)), student)
+    sampler = experiment.one_step.at(int(state.clock))
+    row = evaluate_sampler(experiment, reference, sampler, student, interruptible=False)
     row.pop("images_per_second")  # a wall-clock figure
     return {f"evaluation/{k}": v for k, v in row.items() if v is not None}
 
@@ -273,6 +270,7 @@ def distill(
 
 def train(experiment: Experiment, workdir: Path) -> None:
   """Every stage of a run that is not yet done."""
+  prepare.check_workdir(experiment, workdir)
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   reference = prepare.fit_classifier(experiment, workdir)
   teacher_params, tokenizer_params = train_teacher(experiment, workdir, tokenizer_params)
@@ -288,6 +286,7 @@ def restore(experiment: Experiment, workdir: Path) -> tuple[NetworkState, Distil
   directory = workdir / "distill"
   if not (directory / "checkpoints").is_dir():
     raise UserError(f"--workdir={str(workdir)!r} holds no training; run --mode=train there first")
+  prepare.check_workdir(experiment, workdir)
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   teacher_params, tokenizer_params = train_teacher(experiment, workdir, tokenizer_params)
   check_record(directory, prepare.distill_fields(experiment, teacher_params))

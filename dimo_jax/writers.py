@@ -54,7 +54,10 @@ class Writer:
     path = directory / "metrics.jsonl"
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
     self._rows = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-    self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start_step + 1)
+    # A bounded queue would block for ever once a full disk has killed the thread that empties it.
+    self._board = SummaryWriter(
+      str(directory / "tensorboard"), purge_step=start_step + 1, max_queue=0, flush_secs=10
+    )
 
   def metrics(self, step: int, values: Mapping[str, float], *, quiet: bool = False) -> None:
     """Writes one row and, unless quiet, a console line with rate and time left."""

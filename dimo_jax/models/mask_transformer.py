@@ -12,11 +12,15 @@ from flax import linen as nn
 from flax.linen import initializers
 from jax.typing import DTypeLike
 
+from dimo_jax.models.attention import attention, row_matmul
 from dimo_jax.processes.masking import perturb
 from dimo_jax.types import Array, Float, Int, Key
 
 # The kernel initialisation of the published network: uniform within 1 / sqrt(fan_in).
 _KERNEL_INIT = initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# MaskGIT's own; the PyTorch reproduction starts token embeddings at 1, where the tied output layer
+# begins with logits of size sqrt(hidden_dim) and small teachers end far worse.
+_EMBEDDING_STD = 0.02
 _NORM_EPSILON = 1e-5  # inside the blocks
 _STEM_NORM_EPSILON = 1e-12  # in the first and last layers
 
@@ -34,7 +38,9 @@ class Block(nn.Module):
     self, x: Float[Array, "b n d"], deterministic: bool
   ) -> tuple[Float[Array, "b n d"], None]:
     """Returns the updated stream, and None for `nn.scan`."""
-    dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_KERNEL_INIT)
+    dense = functools.partial(
+      nn.Dense, dtype=self.dtype, kernel_init=_KERNEL_INIT, dot_general=row_matmul
+    )
     norm = functools.partial(
       nn.LayerNorm, epsilon=_NORM_EPSILON, use_fast_variance=False, dtype=self.dtype
     )
@@ -42,12 +48,10 @@ class Block(nn.Module):
     b, n, d = x.shape
 
     y = norm(name="attention_norm")(x)
-    qkv = nn.Dense(
-      3 * d, dtype=self.dtype, kernel_init=initializers.xavier_uniform(), name="attention_qkv"
-    )(y)
+    qkv = dense(3 * d, kernel_init=initializers.xavier_uniform(), name="attention_qkv")(y)
     query, key, value = jnp.moveaxis(qkv.reshape(b, n, 3, self.num_heads, -1), 2, 0)
     if deterministic or self.dropout == 0:
-      y = jax.nn.dot_product_attention(query, key, value)
+      y = attention(query, key, value)
     else:  # dropout on the attention weights, as torch's multi-head attention has it
       y = nn.dot_product_attention(
         query,
@@ -120,15 +124,16 @@ class MaskTransformer(nn.Module):
       deterministic: dropout off.
     """
     d, table_size = self.hidden_dim, self.codebook_size + 1 + self.num_classes + 1
-    dense = functools.partial(nn.Dense, d, dtype=self.dtype, kernel_init=_KERNEL_INIT)
+    dense = functools.partial(
+      nn.Dense, d, dtype=self.dtype, kernel_init=_KERNEL_INIT, dot_general=row_matmul
+    )
     norm = functools.partial(
       nn.LayerNorm, epsilon=_STEM_NORM_EPSILON, use_fast_variance=False, dtype=self.dtype
     )
     dropout = functools.partial(nn.Dropout, self.dropout, deterministic=deterministic)
-    table = self.param("token_embedding", initializers.normal(1.0), (table_size, d))
-    position = self.param(
-      "position_embedding", initializers.truncated_normal(0.02), (self.num_tokens + 1, d)
-    )
+    embedding_init = initializers.truncated_normal(_EMBEDDING_STD)
+    table = self.param("token_embedding", embedding_init, (table_size, d))
+    position = self.param("position_embedding", embedding_init, (self.num_tokens + 1, d))
     bias = self.param("output_bias", initializers.zeros, (self.num_tokens + 1, table_size))
 
     image = table[tokens]

@@ -106,7 +106,7 @@ class Dimo:
       require(getattr(self, name) > 0, name, "be positive")
     for name in ("label_smoothing", "fake_condition_drop", "soft_target_weight"):
       require(0 <= getattr(self, name) <= 1, name, "lie in [0, 1]")
-    for name in ("teacher_guidance", "fake_guidance", "matching_weight"):
+    for name in ("teacher_guidance", "fake_guidance", "fake_train_guidance", "matching_weight"):
       require(getattr(self, name) >= 0, name, "not be negative")
     require(self.fake_rounds >= 1, "fake_rounds", "be 1 or more")
 

@@ -117,6 +117,8 @@ def halton_schedule(num_steps: int, num_tokens: int) -> np.ndarray:
 
   The published cumulative count after step i is `max(i + 1, floor(L (1 - arccos((i+1)/T)/(pi/2))))`
   """
+  if num_steps < 1:
+    raise UserError(f"decoding steps {num_steps} are too few; use 1 or more")
   step = np.arange(1, num_steps + 1)
   share = 1 - np.arccos(step / num_steps) / (np.pi / 2)
   cumulative = np.minimum(np.maximum(step, np.floor(num_tokens * share)), num_tokens)

@@ -75,6 +75,14 @@ class MaskGit:
       raise UserError(
         f"teacher.decoding.order_temperature={self.order_temperature} must not be negative"
       )
+    if not 0 <= self.top_k <= self.codebook_size + 1:
+      raise UserError(
+        f"teacher.decoding.top_k={self.top_k} must lie in [0, codebook size]; 0 is off"
+      )
+    if not 0 <= self.top_p < 1:
+      raise UserError(f"teacher.decoding.top_p={self.top_p} must lie in [0, 1); 0 is off")
+    if self.guidance_scale < 0:
+      raise UserError(f"teacher.decoding.guidance_scale={self.guidance_scale} must not be negative")
     if self.rewrite_revealed and self.order != "halton":
       raise UserError(
         "teacher.decoding.rewrite_revealed=True needs teacher.decoding.order='halton'"
