@@ -36,7 +36,9 @@ def get_config() -> ConfigDict:
     schedule="cosine",
     final_fraction=0.1,
   )
-  config.teacher.decoding.update(num_steps=8, guidance_scale=2.0, allow_mask_token=False)
+  config.teacher.decoding.update(
+    num_steps=8, guidance_scale=1.25, order_temperature=12.0, allow_mask_token=False
+  )
 
   config.dimo.update(
     jeffreys_beta=0.5, teacher_guidance=1.25, teacher_temperature=0.8, label_smoothing=0.0

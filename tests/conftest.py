@@ -21,6 +21,10 @@ import hypothesis
 import jaxtyping
 import numpy as np
 import pytest
+from flax import struct
+
+# Trees are also made of shardings and shapes, so their constructors are not checked.
+struct.PyTreeNode.__no_type_check__ = True
 
 # From here on every annotated function and dataclass of dimo_jax checks its types and shapes.
 jaxtyping.install_import_hook("dimo_jax", "beartype.beartype")

@@ -30,15 +30,15 @@ def state_dict(name: str, prefix: str = "") -> dict[str, np.ndarray]:
 
 def transformer(**options: Any) -> MaskTransformer:
   """A MaskTransformer for the toy problem."""
-  defaults = dict(
-    num_tokens=NUM_TOKENS,
-    codebook_size=CODEBOOK_SIZE,
-    num_classes=NUM_CLASSES,
-    hidden_dim=16,
-    num_layers=1,
-    num_heads=2,
-    mlp_dim=32,
-  )
+  defaults = {
+    "num_tokens": NUM_TOKENS,
+    "codebook_size": CODEBOOK_SIZE,
+    "num_classes": NUM_CLASSES,
+    "hidden_dim": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "mlp_dim": 32,
+  }
   return MaskTransformer(**defaults | options)
 
 
@@ -87,7 +87,7 @@ def toy_state(seed: int, tx: Any = None, apply_fn: Any = toy_apply) -> NetworkSt
 
 def dimo_fields(**options: Any) -> dict[str, Any]:
   """Fields of Dimo for the toy problem: the published defaults, changed by `options`."""
-  grid = dict(num_tokens=NUM_TOKENS, codebook_size=CODEBOOK_SIZE, mask_token_id=CODEBOOK_SIZE)
+  grid = {"num_tokens": NUM_TOKENS, "codebook_size": CODEBOOK_SIZE, "mask_token_id": CODEBOOK_SIZE}
   return grid | base.get_config().dimo.to_dict() | options
 
 

@@ -340,7 +340,7 @@ p { max-width: 70ch; margin: 0 0 .75rem; }
 .cards { grid-template-columns: repeat(auto-fit, minmax(min(100%, 220px), 1fr)); }
 .plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
 .quality { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
-.pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); }
+.pictures { grid-template-columns: 1fr; }
 .card, figure { background: var(--panel); border-radius: 8px; padding: .9rem 1rem; margin: 0; }
 .card b { display: block; font-size: 1.9rem; line-height: 1.2; font-weight: 600; }
 .card.student { background: var(--best); }

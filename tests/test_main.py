@@ -1,0 +1,334 @@
+"""The command line: bad input has one line and an exit code; sampling, evaluation, a full disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from absl import flags, logging
+from absl.testing import flagsaver
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from dimo_jax import main, train
+from dimo_jax.health import RunStopped
+from tests import commands
+
+CONFIG = f"--config={commands.ROOT}/configs/debug.py"
+FAST_S = 15  # far below the time of any training; most of it is the first import
+STAGES = ("tokenizer", "classifier", "teacher", "distill")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+  """command(*arguments) -> (exit code, stdout, stderr), in this process."""
+
+  def run(*arguments: str) -> tuple[int, str, str]:
+    monkeypatch.chdir(commands.ROOT)
+    monkeypatch.setattr(sys, "argv", ["main", *arguments])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    verbosity = logging.get_verbosity()
+    try:
+      with flagsaver.flagsaver(), pytest.raises(SystemExit) as raised:
+        main.main()
+    finally:
+      logging.set_verbosity(verbosity)
+      for number, handler in handlers.items():
+        signal.signal(number, handler)
+    out, err = capsys.readouterr()
+    return raised.value.code or 0, out, err
+
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  return run
+
+
+@pytest.fixture
+def refused(command, tmp_path):
+  """refused(*arguments, needles): exit code 2 and one line with all needles, before any compute."""
+
+  def check(arguments, needles, workdir=None, code=main.BAD_INPUT):
+    workdir = tmp_path / "run" if workdir is None else workdir
+    began = time.monotonic()
+    found, _, err = command(*arguments, f"--workdir={workdir}")
+    assert found == code, err
+    assert time.monotonic() - began < FAST_S
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1 and err.endswith("\n")
+    missing = [needle for needle in needles if needle not in err]
+    assert not missing, err
+    assert not [stage for stage in STAGES if (workdir / stage).exists()]
+
+  return check
+
+
+@pytest.mark.parametrize(
+  ("argument", "needles"),
+  [
+    ("--config.dimo.r_int=0.5", ["--config.dimo.r_int=0.5", '"r_init"']),
+    ("--config.dimoo.r_init=0.5", ["--config.dimoo.r_init=0.5", '"dimo"']),
+    ("--config.train.num_steps=abc", ["--config.train.num_steps", "abc", "int"]),
+    ("--config.dimo.dropout=maybe", ["--config.dimo.dropout", "maybe", "oolean"]),
+    ("--config.train=3", ["--config.train", "3"]),
+    ("--nope=1", ["nope"]),
+    ("stray", ["'stray'", "--"]),
+    ("--mode=fly", ["--mode=fly", "train|evaluate|sample"]),
+    ("--config.dimo.r_init=1.7", ["r_init=1.7", "[0, 1]"]),
+    ("--config.dimo.r_init_high=0.2", ["r_init_high=0.2", "r_init=0.6"]),
+    ("--config.dimo.divergence=jefreys", ["dimo.divergence='jefreys'", "'jeffreys'", "reverse_kl"]),
+    ("--config.dimo.mask_schedule=arcos", ["dimo.mask_schedule='arcos'", "'arccos'"]),
+    ("--config.dimo.fake_mask_schedule=x", ["dimo.fake_mask_schedule='x'", "arccos, cosine"]),
+    ("--config.dimo.sigma_schedule=liner", ["dimo.sigma_schedule='liner'", "'linear'"]),
+    ("--config.dimo.weighting=gap", ["dimo.weighting='gap'", "teacher_gap"]),
+    ("--config.dimo.fake_rounds=0", ["dimo.fake_rounds=0", "1"]),
+    ("--config.teacher.decoding.order=hilbert", ["teacher.decoding.order='hilbert'", "halton"]),
+    ("--config.teacher.decoding.schedule=log", ["teacher.decoding.schedule='log'", "root"]),
+    ("--config.teacher.decoding.temperature=0", ["teacher.decoding.temperature=0", "positive"]),
+    ("--config.teacher.pretrain.mask_schedule=x", ["teacher.pretrain.mask_schedule='x'", "arccos"]),
+    ("--config.teacher.pretrain.mask_kind=x", ["teacher.pretrain.mask_kind='x'", "bernoulli"]),
+    ("--config.teacher.pretrain.num_steps=0", ["teacher.pretrain.num_steps=0", "positive"]),
+    ("--config.teacher.pretrain.batch_size=9", ["teacher.pretrain.batch_size=9", "multiple"]),
+    ("--config.objective=dmd2x", ["objective='dmd2x'", "dimo"]),
+    ("--config.data.name=mnist", ["data.name='mnist'", "digits"]),
+    ("--config.data.path=/tmp", ["data.path='/tmp'", "empty"]),
+    ("--config.data.num_classes=9", ["data.num_classes=9", "10"]),
+    ("--config.tokenizer.name=vqgam", ["tokenizer.name='vqgam'", "patch"]),
+    ("--config.tokenizer.grid_size=5", ["tokenizer.grid_size=5", "8x8"]),
+    ("--config.teacher.name=maskgot", ["teacher.name='maskgot'", "'maskgit'"]),
+    ("--config.model.num_heads=3", ["model.num_heads=3", "model.hidden_dim=16"]),
+    ("--config.model.dropout=1.0", ["model.dropout=1.0", "[0, 1)"]),
+    ("--config.precision.compute_dtype=float16", ["precision.compute_dtype='float16'", "bfloat16"]),
+    ("--config.precision.teacher_dtype=int8", ["precision.teacher_dtype='int8'", "bfloat16"]),
+    ("--config.mesh.fsdp=3", ["mesh.fsdp=3", "8"]),
+    ("--config.train.batch_size=12", ["train.batch_size=12", "multiple", "8"]),
+    ("--config.train.batch_size=0", ["train.batch_size=0", "positive"]),
+    ("--config.train.num_steps=0", ["train.num_steps=0", "1 or more"]),
+    ("--config.train.ema_decay=1.0", ["train.ema_decay=1.0", "[0, 1)"]),
+    ("--config.evaluation.batch_size=20", ["evaluation.batch_size=20", "multiple"]),
+    ("--config.evaluation.protocol=fid", ["evaluation.protocol='fid'", "digits"]),
+    ("--config.evaluation.teacher_steps=(0,)", ["evaluation.teacher_steps=(0,)", "positive"]),
+    ("--config.evaluation.seed=-1", ["evaluation.seed=-1", "0 .. 4294967295"]),
+    ("--config.optim.generator.num_warmup=20", ["optim.generator.num_warmup=20", "20 updates"]),
+    ("--config.optim.fake_score.learning_rate=-0.1", ["optim.fake_score.learning_rate=-0.1"]),
+    ("--config.optim.fake_score.name=sgd", ["optim.fake_score.name='sgd'", "adamw"]),
+    ("--config.optim.fake_score.schedule=step", ["optim.fake_score.schedule='step'", "cosine"]),
+    ("--config.optim.generator.clip_norm=nan", ["optim.generator.clip_norm=nan", "finite"]),
+    ("--config.log.every_steps=0", ["log.every_steps=0", "1 or more"]),
+    ("--config.log.evaluate_every_steps=-5", ["log.evaluate_every_steps=-5", "0 is off"]),
+    ("--config.seed=-1", ["seed=-1", "0 .. 4294967295"]),
+    ("--config.seed=4294967296", ["seed=4294967296", "0 .. 4294967295"]),
+    ("--config.teacher.path=nowhere.safetensors", ["nowhere.safetensors does not exist"]),
+  ],
+)
+def test_a_bad_value_has_one_line_that_says_what_is_right(refused, argument, needles):
+  refused([CONFIG, argument], needles)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "needles"),
+  [
+    (["--config=configs/nowhere.py"], ["--config", "configs/nowhere.py", "No such file"]),
+    ([], ["--config is missing", "configs/digits.py"]),
+    (
+      [
+        CONFIG,
+        "--config.data.name=labels",
+        "--config.tokenizer.name=none",
+        "--config.evaluation.protocol=none",
+      ],
+      ["teacher.path=''", "data.name"],
+    ),
+    ([CONFIG, "--config.data.name=labels"], ["tokenizer.name='patch'", "images"]),
+    ([CONFIG, "--mode=evaluate"], ["holds no training", "--mode=train"]),
+    ([CONFIG, "--mode=sample"], ["holds no training", "--mode=train"]),
+    ([CONFIG, "--mode=sample", "--labels=3,10"], ["--labels='3,10'", "0 .. 9"]),
+    ([CONFIG, "--mode=sample", "--labels=-1"], ["--labels='-1'", "0 .. 9"]),
+    ([CONFIG, "--mode=sample", "--labels=three"], ["--labels='three'", "3,1,4"]),
+    ([CONFIG, "--mode=sample", "--labels=99999999999"], ["--labels='99999999999'"]),
+    ([CONFIG, "--mode=sample", "--seed=-1"], ["--seed=-1", "0 .. 4294967295"]),
+    ([CONFIG, "--mode=sample", "--out=grid.jpg"], ["--out='grid.jpg'", ".png"]),
+  ],
+)
+def test_bad_use_has_one_line(refused, tmp_path, arguments, needles):
+  refused(arguments, needles)
+  assert not (tmp_path / "run").exists()
+
+
+def test_the_workdir_must_be_named(command):
+  code, _, err = command(CONFIG)
+  assert (code, err.count("\n")) == (main.BAD_INPUT, 1)
+  assert err.startswith("error: --workdir is missing")
+
+
+def test_an_unwritable_workdir_is_refused(refused, tmp_path):
+  (tmp_path / "file").write_text("")
+  workdir = tmp_path / "file" / "run"
+  refused([CONFIG], [f"--workdir='{workdir}'", "cannot be written", "Not a directory"], workdir)
+
+
+def test_unusable_teacher_files_are_refused(refused, tmp_path):
+  published = commands.ROOT / "tests" / "golden" / "01_masktransformer.safetensors"
+  truncated, foreign, text = (tmp_path / f"{n}.safetensors" for n in ("truncated", "foreign", "t"))
+  truncated.write_bytes(published.read_bytes()[:10_000])
+  save_file({"codebook": np.zeros((4, 4), np.float32)}, foreign)
+  text.write_text("not a network")
+  (tmp_path / "empty").mkdir()
+  for path, needles in (
+    (published, ["does not fit model, tokenizer and data of the config", "token_embedding"]),
+    (truncated, ["not a readable safetensors file"]),
+    (text, ["not a readable safetensors file"]),
+    (foreign, ["not a MaskGIT transformer", "unexpected keys ['codebook']"]),
+    (tmp_path / "empty", ["teacher.safetensors does not exist"]),
+  ):
+    refused([CONFIG, f"--config.teacher.path={path}"], [str(path), *needles])
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+  return commands.reference(tmp_path_factory)
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"model.hidden_dim": (16, 32)},
+    {"tokenizer.codebook_size": (32, 16)},
+    {"dimo.divergence": ("jeffreys", "reverse_kl")},
+    {"dimo.fake_rounds": (1, 2)},
+    {"optim.generator.b1": (0.0, 0.5)},
+    {"train.batch_size": (32, 16)},
+    {"teacher.pretrain.label_smoothing": (0.0, 0.1)},
+    {"precision.teacher_dtype": ("float32", "bfloat16")},
+    {"evaluation.protocol": ("debug", "digits")},
+    {"seed": (0, 1), "tokenizer.codebook_size": (32, 16), "dimo.sigma": (0.1, 0.2)},
+  ],
+  ids="+".join,
+)
+def test_a_run_begun_with_another_config_is_not_continued(command, reference, changes):
+  """Read only: the reference is the one that other tests use."""
+  before = {p: p.stat().st_mtime_ns for p in reference.rglob("*")}
+  arguments = [f"--config.{name}={new}" for name, (_, new) in changes.items()]
+  code, _, err = command(*commands.TINY, f"--workdir={reference}", *arguments)
+  assert (code, err.count("\n")) == (main.BAD_INPUT, 1), err
+  listed = "; ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in sorted(changes.items()))
+  assert err.startswith(f"error: {reference} was begun with another config: {listed}. ")
+  for mode in ("evaluate", "sample"):
+    assert (
+      command(*commands.TINY, f"--workdir={reference}", f"--mode={mode}", *arguments)[0] == code
+    )
+  assert {p: p.stat().st_mtime_ns for p in reference.rglob("*")} == before
+
+
+def test_another_teacher_is_not_put_under_a_distillation(command, reference, tmp_path):
+  teacher = tmp_path / "teacher.safetensors"
+  arrays = load_file(reference / "teacher" / "teacher.safetensors")
+  arrays["network/output_bias"] = arrays["network/output_bias"] + 1
+  save_file(arrays, teacher, {"dimo_jax": json.dumps({"teacher": {}})})
+  workdir = commands.copy_run(reference, tmp_path / "run")
+  code, _, err = command(*commands.TINY, f"--workdir={workdir}", f"--config.teacher.path={teacher}")
+  assert (code, err.count("\n")) == (main.BAD_INPUT, 1), err
+  assert "teacher.sha256" in err and " -> " in err
+
+
+def test_samples_follow_labels_and_seed(command, reference, tmp_path):
+  workdir = commands.copy_run(reference, tmp_path / "run")
+
+  def pixels(name: str, seed: int) -> np.ndarray:
+    out = tmp_path / "made" / name
+    code, text, err = command(
+      *commands.TINY,
+      f"--workdir={workdir}",
+      "--mode=sample",
+      "--labels=3,1,4",
+      f"--seed={seed}",
+      f"--out={out}",
+    )
+    assert code == 0, err
+    assert text.splitlines()[-1].startswith(f"3 pictures in {out}; ")
+    with Image.open(out) as image:
+      return np.asarray(image)
+
+  first, again, other = pixels("a.png", 7), pixels("b.png", 7), pixels("c.png", 8)
+  assert first.shape[1] > 2 * first.shape[0]  # three side by side
+  np.testing.assert_array_equal(first, again)
+  assert not np.array_equal(first, other)
+
+
+def test_a_stopped_run_has_its_own_exit_code(command, tmp_path, monkeypatch):
+  def stop(experiment, workdir):
+    raise RunStopped("step 3: generator/loss not finite. Look at the gradient norms")
+
+  monkeypatch.setattr(train, "train", stop)
+  code, _, err = command(CONFIG, f"--workdir={tmp_path}/run")
+  assert code == main.STOPPED
+  assert err == "error: step 3: generator/loss not finite. Look at the gradient norms\n"
+
+
+def test_other_errors_keep_their_traceback(command, tmp_path, monkeypatch):
+  def fail(experiment, workdir):
+    raise ZeroDivisionError("a mistake of ours")
+
+  monkeypatch.setattr(train, "train", fail)
+  with pytest.raises(ZeroDivisionError, match="a mistake of ours"):
+    command(CONFIG, f"--workdir={tmp_path}/run")
+
+
+def test_evaluation_alone_repeats_the_results(reference, tmp_path_factory):
+  workdir = commands.copy_run(reference, tmp_path_factory.mktemp("evaluated") / "run")
+  with commands.shared_folder(tmp_path_factory) as shared:
+    out, _ = commands.run(shared, workdir, "--mode=evaluate")
+  assert commands.results(workdir) == commands.results(reference)
+  models = [(row["model"], row["steps"]) for row in commands.results(workdir)]
+  assert models == [("real", 0), ("teacher", 1), ("teacher", 4), ("teacher", 16), ("student", 1)]
+  assert str(workdir / "report.html") in out
+  commands.assert_same_rows(
+    commands.rows(workdir / "distill"), commands.rows(reference / "distill")
+  )
+
+
+def test_a_random_teacher_needs_no_file(tmp_path, tmp_path_factory):
+  with commands.shared_folder(tmp_path_factory) as shared:
+    out, _ = commands.run(
+      shared,
+      tmp_path / "run",
+      "--config.teacher.path=random",
+      "--config.evaluation.protocol=none",
+      "--config.train.num_steps=2",
+      "--config.log.pictures_every_steps=0",
+    )
+  assert "evaluation: off" in out
+  assert not (tmp_path / "run" / "teacher").exists()
+  assert [row["step"] for row in commands.rows(tmp_path / "run" / "distill")] == [1, 2]
+
+
+def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_later(reference, tmp_path_factory):
+  disk = tmp_path_factory.mktemp("disk")
+  mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(disk)]
+  if subprocess.run(mount, check=False, capture_output=True).returncode:
+    pytest.skip("a small file system cannot be mounted here")
+  try:
+    workdir = commands.copy_run(reference, disk / "run", "distill")
+    usage = os.statvfs(disk)
+    fill = disk / "fill"
+    fill.write_bytes(bytes(usage.f_bavail * usage.f_frsize - 1_400_000))
+    arguments = (
+      "--config.evaluation.protocol=none",
+      "--config.log.pictures_every_steps=0",
+      "--config.log.checkpoint_every_steps=2",
+      "--config.log.keep_checkpoints=20",
+    )
+    with commands.shared_folder(tmp_path_factory) as shared:
+      _, err = commands.run(shared, workdir, *arguments, code=1)
+      assert err == "error: the disk is full; free some space and run the same command again\n"
+      saved = commands.checkpoint_steps(workdir / "distill")
+      assert saved and saved[-1] < commands.NUM_STEPS
+      fill.unlink()
+      out, _ = commands.run(shared, workdir, *arguments)
+    assert f"distill: goes on from step {saved[-1]}\n" in out
+    commands.assert_same_arrays(workdir / "distill", reference / "distill", commands.NUM_STEPS)
+  finally:
+    subprocess.run(["umount", str(disk)], check=True)
