@@ -13,20 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
 
-from dimo_jax import prepare, train
+from dimo_jax import cli, prepare, train
 from dimo_jax.build import Experiment, build
-from dimo_jax.evaluate import versions
+from dimo_jax.evaluation.report import versions
 from dimo_jax.state import DistillState, Nets, NetworkState
-from dimo_jax.types import UserError
 from dimo_jax.writers import say
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.")
-_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed runs of each phase.")
+_REPEATS = flags.DEFINE_integer("repeats", 10, "benchmark: timed runs of each phase.")
 _PEAK_SIZES = flags.DEFINE_list(
-  "peak_sizes", None, "Sides of the square products that give the matmul peak; default by device."
+  "peak_sizes", None, "benchmark: sides of the square products that give the matmul peak."
 )
 _NUM_WARMUP = 2
 
@@ -42,7 +39,7 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
   return statistics.median(times)
 
 
-def matmul_peak(dtype: jnp.dtype, sizes: list[int], repeats: int) -> float:
+def matmul_peak(dtype: Any, sizes: list[int], repeats: int) -> float:
   """The best FLOP/s of square products on one device: what a step is measured against."""
   best = 0.0
   product = jax.jit(jnp.matmul)
@@ -151,7 +148,9 @@ def run(experiment: Experiment, repeats: int, peak_sizes: list[int]) -> dict[str
     "program_bytes": {
       "arguments": memory.argument_size_in_bytes,
       "temporaries": memory.temp_size_in_bytes,
-    },
+    }
+    if memory  # not every backend knows
+    else None,
     "peak_bytes_in_use": statistics_of_device.get("peak_bytes_in_use"),
   }
   say(
@@ -162,19 +161,14 @@ def run(experiment: Experiment, repeats: int, peak_sizes: list[int]) -> dict[str
   return result
 
 
-def _main(argv: list[str]) -> None:
-  if len(argv) > 1 or _CONFIG.value is None:
-    raise app.UsageError("usage: python -m dimo_jax.benchmark --config=configs/imagenet256.py")
+def _dispatch() -> None:
   on_cpu = jax.default_backend() == "cpu"
-  sizes = _PEAK_SIZES.value or ([512, 1024, 2048] if on_cpu else [4096, 8192, 16384])
-  config = _CONFIG.value
+  sizes = [int(size) for size in _PEAK_SIZES.value or []]
+  sizes = sizes or ([512, 1024, 2048] if on_cpu else [4096, 8192, 16384])
+  config = cli.CONFIG.value
   config.teacher.path = "random"
-  try:
-    result = run(build(config), _REPEATS.value, [int(size) for size in sizes])
-  except UserError as error:
-    raise SystemExit(f"error: {error}") from error
-  say(json.dumps(result))
+  say(json.dumps(run(build(config), _REPEATS.value, sizes)))
 
 
 if __name__ == "__main__":
-  app.run(_main)
+  cli.run(_dispatch)

@@ -12,8 +12,8 @@ from dimo_jax.evaluation.protocols import PROTOCOLS, Protocol
 from dimo_jax.objectives import OBJECTIVES, Objective
 from dimo_jax.objectives.denoising import MaskedDenoising
 from dimo_jax.optim import OptimizerSpec
+from dimo_jax.samplers import Sampler
 from dimo_jax.samplers.maskgit import MaskGit
-from dimo_jax.samplers.one_step import OneStep
 from dimo_jax.sharding import check_batch, make_mesh
 from dimo_jax.teachers import build_teacher, build_tokenizer
 from dimo_jax.teachers.maskgit import MaskedTeacher
@@ -31,7 +31,7 @@ class Experiment:
   Attributes:
     train_source, test_source: None where the data set is classes only.
     pretraining: the teacher's loss.
-    one_step: the student's sampler at test time.
+    student_sampler: how the student is sampled at test time.
     decoding: the teacher's sampler.
     protocol: how numbers are made; None where evaluation is off.
   """
@@ -47,7 +47,7 @@ class Experiment:
   objective: Objective
   generator_optimizer: OptimizerSpec
   fake_score_optimizer: OptimizerSpec
-  one_step: OneStep
+  student_sampler: Sampler
   decoding: MaskGit
   protocol: Protocol | None
 
@@ -55,6 +55,12 @@ class Experiment:
   def num_updates(self) -> int:
     """Fake-score updates of the whole distillation: the length of every schedule."""
     return self.config.train.num_steps * self.objective.fake_rounds
+
+  def source(self, split: str) -> Source:
+    """The images of a split, of an experiment that has images."""
+    source = {"train": self.train_source, "test": self.test_source}[split]
+    assert source is not None  # `build` refuses what needs images without them
+    return source
 
   @property
   def has_pictures(self) -> bool:
@@ -147,7 +153,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     objective=objective,
     generator_optimizer=optimizers["generator"],
     fake_score_optimizer=optimizers["fake_score"],
-    one_step=dataclasses.replace(objective.one_step, **config.sampling),
+    student_sampler=objective.sampler(**config.sampling),
     decoding=decoding,
     protocol=protocol,
   )

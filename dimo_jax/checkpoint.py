@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
+from jaxtyping import UInt32
 from orbax.checkpoint import checkpoint_managers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dimo_jax.sharding import Rules, state_sharding
-from dimo_jax.types import Array, Int, Params, UserError
+from dimo_jax.types import Array, Params, UserError
 from dimo_jax.writers import say, write_atomically
 
 BEST_METRIC = "evaluation/frechet_distance"  # lower is better
@@ -148,7 +149,7 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 @jax.jit
-def _checksum(array: Array) -> Int[Array, ""]:
+def _checksum(array: Array) -> UInt32[Array, ""]:
   """The words, each times an odd number of its own, summed modulo 2^32: one changed bit shows."""
   words = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
   factors = 2 * jnp.arange(array.size, dtype=jnp.uint32).reshape(array.shape) + 1

@@ -1,42 +1,18 @@
 """Evaluation of a workdir: teacher over several step counts, student, real data; the report."""
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from dimo_jax import prepare, train
 from dimo_jax.build import Experiment
 from dimo_jax.evaluation.protocols import Reference
-from dimo_jax.evaluation.report import console_table, write_report
+from dimo_jax.evaluation.report import console_table, versions, write_report
 from dimo_jax.hooks import evaluate_sampler, sampling_network
-from dimo_jax.samplers.maskgit import MaskGit
+from dimo_jax.samplers import Sampler
 from dimo_jax.state import DistillState, NetworkState
 from dimo_jax.writers import read_metrics, say, write_atomically
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "dimo-jax")
-
-
-def ancestral(experiment: Experiment) -> MaskGit:
-  """What Di[M]O really distils: random order, one token a step, guidance and temperature as in
-  its training.
-  """
-  objective = experiment.objective
-  return dataclasses.replace(
-    experiment.decoding,
-    num_steps=experiment.decoding.num_tokens,
-    order="random",
-    temperature=objective.teacher_temperature,
-    top_k=0,
-    top_p=0.0,
-    guidance_scale=objective.teacher_guidance,
-    guidance_ramp=False,
-    rewrite_revealed=False,
-  )
 
 
 def evaluate_workdir(experiment: Experiment, workdir: Path) -> None:
@@ -62,31 +38,27 @@ def evaluate(
   The floor is real against real: the test split against the training split.
   """
   config = experiment.config
-  test = prepare.load_arrays(experiment.test_source)
+  test = prepare.load_arrays(experiment.source("test"))
   floor = reference.evaluate(*test, *_tokens(experiment, teacher, test[0]))
-  rows = [
+  rows: list[dict[str, Any]] = [
     {"model": "real", "sampler": "test split", "steps": 0, **floor, "images_per_second": None}
   ]
   say(f"evaluation: floor {floor['frechet_distance']:.4f}")
 
   student = sampling_network(experiment, state.ema_params, teacher.autoencoder)
-  runs = [
-    (
-      "teacher",
-      f"maskgit {experiment.decoding.order} order",
-      steps,
-      dataclasses.replace(experiment.decoding, num_steps=steps),
-      teacher,
-    )
+  runs: list[tuple[str, Sampler, NetworkState]] = [
+    ("teacher", dataclasses.replace(experiment.decoding, num_steps=steps), teacher)
     for steps in config.evaluation.teacher_steps
   ]
-  target = ancestral(experiment)
-  runs.append(("teacher", "maskgit random order", target.num_steps, target, teacher))
-  runs.append(("student", "one step", 1, experiment.one_step.at(int(state.clock)), student))
-  for model, name, steps, sampler, network in runs:
+  target = experiment.objective.target(experiment.decoding)
+  if target is not None:
+    runs.append(("teacher", target, teacher))
+  runs.append(("student", experiment.student_sampler.at(int(state.clock)), student))
+  for model, sampler, network in runs:
     row = evaluate_sampler(experiment, reference, sampler, network)
-    rows.append({"model": model, "sampler": name, "steps": steps, **row})
-    say(f"evaluation: {model} {name} {steps} steps: {row['frechet_distance']:.4f}")
+    steps = sampler.num_steps
+    rows.append({"model": model, "sampler": sampler.name, "steps": steps, **row})
+    say(f"evaluation: {model} {sampler.name} {steps} steps: {row['frechet_distance']:.4f}")
   for row in rows:
     row["seed"] = config.seed
   write_atomically(workdir / "results.json", json.dumps(rows, indent=1))
@@ -129,21 +101,3 @@ def _report(
   )
   say(console_table(rows))
   say(f"results: {workdir / 'results.json'}\nreport: {path}")
-
-
-def versions() -> dict[str, str]:
-  """Packages, Python and device, for the record."""
-  found = {name: importlib.metadata.version(name) for name in _PACKAGES if _installed(name)}
-  device = jax.devices()[0]
-  return found | {
-    "python": platform.python_version(),
-    "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
-  }
-
-
-def _installed(name: str) -> bool:
-  try:
-    importlib.metadata.version(name)
-  except importlib.metadata.PackageNotFoundError:
-    return False
-  return True

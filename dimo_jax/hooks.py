@@ -8,9 +8,10 @@ import numpy as np
 
 from dimo_jax.build import Experiment
 from dimo_jax.evaluation import pictures
-from dimo_jax.evaluation.generation import Generated, Sampler, generate, sample_images
+from dimo_jax.evaluation.generation import Generated, generate, sample_images
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.preemption import STOP
+from dimo_jax.samplers import Sampler
 from dimo_jax.state import DistillState, NetworkState
 from dimo_jax.types import Params
 from dimo_jax.writers import Writer
@@ -25,8 +26,8 @@ def sampling_network(experiment: Experiment, params: Params, tokenizer: Params) 
 
 def protocol_labels(experiment: Experiment, reference: Reference) -> np.ndarray:
   """The classes that the protocol asks for, int32 [n]."""
-  splits = {"train": experiment.train_source, "test": experiment.test_source}
-  return reference.protocol.labels(splits[reference.protocol.reference_split].labels)
+  protocol = reference.protocol
+  return protocol.labels(experiment.source(protocol.reference_split).labels)
 
 
 def sample_protocol(
@@ -98,7 +99,7 @@ def draw_pictures(
   fake_score = sampling_network(experiment, state.fake_score.all_params, teacher.autoencoder)
   decoding = experiment.decoding
   runs = (
-    ("generator, 1 step", experiment.one_step.at(int(state.clock)), student),
+    ("generator, 1 step", experiment.student_sampler.at(int(state.clock)), student),
     (f"teacher, {decoding.num_steps} steps", decoding, teacher),
     (f"fake score, {decoding.num_steps} steps", decoding, fake_score),
   )

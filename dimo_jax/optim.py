@@ -93,7 +93,7 @@ def scale_by_clock(learning_rate_fn: optax.Schedule) -> optax.GradientTransforma
   return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
-def ema_rate(decay: float, num_updates: Int[Array, ""]) -> Float[Array, ""]:
+def ema_rate(decay: float, num_updates: Int[Array, ""] | int) -> Float[Array, ""]:
   """Rate of the moving average: `min(decay, (1 + k) / (10 + k))`, so 0.1 at the first update."""
   k = jnp.asarray(num_updates, jnp.float32)
   return jnp.minimum(decay, (1 + k) / (10 + k))

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,9 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
   check_record(directory, tokenizer_fields(experiment))
   path = directory / "tokenizer.safetensors"
   if not path.exists():
-    images, _ = load_arrays(experiment.train_source)
-    params = experiment.tokenizer.fit(images, config.seed)
+    arrays, _ = load_arrays(experiment.source("train"))
+    params = experiment.tokenizer.fit(arrays, config.seed)
+    images = jnp.asarray(arrays)
     decoded = experiment.tokenizer.decode(params, experiment.tokenizer.encode(params, images))
     error = float(jnp.mean((decoded - images) ** 2))
     save_params(path, params, {"name": config.tokenizer.name, "train_mse": error})
@@ -63,7 +65,7 @@ def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
   check_record(directory, classifier_fields(experiment))
   path = directory / "classifier.safetensors"
   if not path.exists():
-    train, test = load_arrays(experiment.train_source), load_arrays(experiment.test_source)
+    train, test = load_arrays(experiment.source("train")), load_arrays(experiment.source("test"))
     classifier = train_classifier(
       *train,
       experiment.config.data.num_classes,
@@ -77,8 +79,7 @@ def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
     f"classifier: test accuracy {classifier.test_accuracy:.4f},"
     f" weights sha256 {classifier.weight_hash()[:12]}"
   )
-  source = {"train": experiment.train_source, "test": experiment.test_source}
-  return protocol.reference(classifier, *load_arrays(source[protocol.reference_split]))
+  return protocol.reference(classifier, *load_arrays(experiment.source(protocol.reference_split)))
 
 
 def random_teacher(experiment: Experiment) -> Params:
@@ -116,7 +117,7 @@ def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | N
   wrong = [
     f"{name} {np.shape(found[name]) if name in found else 'missing'} for"
     f" {wanted[name].shape if name in wanted else 'nothing'}"
-    for name in sorted({*wanted, *found})
+    for name in sorted({*wanted, *found}, key=lambda name: (name.count("/"), name))
     if name not in wanted or name not in found or np.shape(found[name]) != wanted[name].shape
   ]
   if wrong:
@@ -193,7 +194,7 @@ def distill_fields(experiment: Experiment, teacher: Params | None = None) -> dic
 
 def flat_fields(config, *names: str) -> dict:
   """`a.b.c` names and values of the named sections or fields of a config."""
-  fields = {}
+  fields: dict[str, Any] = {}
   for name in names:
     value = config
     for part in name.split("."):

@@ -54,7 +54,7 @@ def sample_workdir(
   teacher, state = train.restore(experiment, workdir)
   began = time.perf_counter()
   samples = generate(
-    experiment.one_step.at(int(state.clock)),
+    experiment.student_sampler.at(int(state.clock)),
     experiment.tokenizer,
     sampling_network(experiment, state.ema_params, teacher.autoencoder),
     labels,

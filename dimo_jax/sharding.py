@@ -90,7 +90,7 @@ def state_sharding(state: Any, mesh: Mesh, rules: Rules = ()) -> Any:
 
 def jit_step(
   step_fn: Callable[..., Any], mesh: Mesh, state: Any, constants: Any, rules: Rules = ()
-) -> Callable[..., Any]:
+) -> jax.stages.Wrapped:
   """Jits `step_fn(state, constants, batch, base_key) -> (state, metrics)`.
 
   The state keeps its shardings and is donated; `constants` (a frozen teacher, tokenizer

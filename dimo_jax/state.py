@@ -64,7 +64,9 @@ class NetworkState(train_state.TrainState):
     """Applies the network with this state's parameters."""
     return self.apply_fn(self.all_params, inputs, condition, **draws)
 
-  def apply_gradients(self, *, grads: Params, clock: Int[Array, ""], **kwargs: Any):
+  def apply_gradients(  # type: ignore[override] # schedules need the clock
+    self, *, grads: Params, clock: Int[Array, ""] | int, **kwargs: Any
+  ) -> "NetworkState":
     """One optimiser update at a clock (see `optim.scale_by_clock`)."""
     updates, opt_state = self.tx.update(grads, self.opt_state, self.params, clock=clock)
     params = optax.apply_updates(self.params, updates)

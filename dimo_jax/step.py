@@ -78,7 +78,8 @@ def distill_step(
   )
 
   def generator_loss(params, micro, extra):
-    return objective.generator_loss(params, nets, *micro, extra)
+    batch, draws = micro
+    return objective.generator_loss(params, nets, batch, draws, extra)
 
   grads, extra, (samples, metrics) = _accumulate(
     generator_loss, before, (batch["generator"], draws), state.extra
@@ -149,6 +150,6 @@ def _accumulate(loss_fn, params: Params, micro_batches: Any, extra: Any):
   return mean, extra, (samples, jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics))
 
 
-def _update_ema(ema: Params, params: Params, decay: float, num_updates: jax.Array) -> Params:
+def _update_ema(ema: Params, params: Params, decay: float, num_updates: jax.Array | int) -> Params:
   rate = ema_rate(decay, num_updates)
   return jax.tree.map(lambda old, new: rate * old + (1 - rate) * new, ema, params)

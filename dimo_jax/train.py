@@ -23,6 +23,8 @@ from dimo_jax.step import distill_step, pretrain_step
 from dimo_jax.types import Metrics, Params, UserError
 from dimo_jax.writers import Writer, say
 
+Hook = Callable[[Any, Writer], dict[str, float]]  # (state, writer) -> metrics
+
 _DATA_STREAM = 7919  # keeps the order of the data apart from a stage's other use of the seed
 
 
@@ -48,7 +50,7 @@ class Loop:
     constants: Any,
     batches: Callable[[int], Iterator[Any]],
     base_key: jax.Array,
-    hooks: Sequence[tuple[int, Callable[[Any, Writer], dict[str, float]]]] = (),
+    hooks: Sequence[tuple[int, Hook]] = (),
   ) -> Any:
     """Runs to the end from the newest checkpoint; returns the final state.
 
@@ -145,7 +147,7 @@ def _pretrain(experiment: Experiment, directory: Path, tokenizer_params: Params)
 
   def batches(start: int) -> Iterator[Any]:
     stream = image_batches(
-      experiment.train_source,
+      experiment.source("train"),
       batch_size=pretrain.batch_size,
       seed=experiment.config.seed,
       start_step=start,
@@ -189,7 +191,7 @@ def teacher_state(
 
 def jit_distill_step(
   experiment: Experiment, state: DistillState, teacher: NetworkState
-) -> Callable[..., tuple[DistillState, Metrics]]:
+) -> jax.stages.Wrapped:
   """The jitted iteration `(state, teacher, batch, base_key) -> (state, metrics)`."""
   train = experiment.config.train
   return jit_step(
@@ -241,10 +243,10 @@ def distill(
   teacher = teacher_state(experiment, teacher_params, tokenizer_params)
   say(parameter_overview.get_parameter_overview(teacher.params, include_stats=False, max_lines=60))
 
-  def evaluate(state: DistillState, writer: Writer) -> dict[str, float]:
+  def evaluate(reference: Reference, state: DistillState, writer: Writer) -> dict[str, float]:
     del writer
     student = sampling_network(experiment, state.ema_params, teacher.autoencoder)
-    sampler = experiment.one_step.at(int(state.clock))
+    sampler = experiment.student_sampler.at(int(state.clock))
     row = evaluate_sampler(experiment, reference, sampler, student, interruptible=False)
     row.pop("images_per_second")  # a wall-clock figure
     return {f"evaluation/{k}": v for k, v in row.items() if v is not None}
@@ -252,9 +254,9 @@ def distill(
   def draw(state: DistillState, writer: Writer) -> dict[str, float]:
     return draw_pictures(experiment, state, teacher, directory / "pictures", writer)
 
-  hooks = []
+  hooks: list[tuple[int, Hook]] = []
   if reference is not None:
-    hooks.append((config.log.evaluate_every_steps, evaluate))
+    hooks.append((config.log.evaluate_every_steps, functools.partial(evaluate, reference)))
   if experiment.has_pictures:
     hooks.append((config.log.pictures_every_steps, draw))
   loop = Loop(experiment, directory, "distill", config.train.num_steps)

@@ -16,6 +16,7 @@ from dimo_jax.processes.masking import perturb
 from dimo_jax.state import NetworkState
 from dimo_jax.teachers.maskgit import MaskedTeacher
 
+_NO_UPDATE = optax.set_to_zero()  # one object, so that jitted functions know it again
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 # The toy problem: 9 tokens of 5 codes and the mask id, 3 classes and the null class.
@@ -75,13 +76,18 @@ def toy_params(seed: int, scale: float = 1.0) -> dict[str, jax.Array]:
   }
 
 
+def toy_null(condition):
+  """The null class for every sample."""
+  return {"class_id": jnp.full_like(condition["class_id"], NUM_CLASSES)}
+
+
 def toy_state(seed: int, tx: Any = None, apply_fn: Any = toy_apply) -> NetworkState:
   """A toy network's state; without an optimiser it is a teacher's."""
   return NetworkState.create(
     apply_fn=apply_fn,
     params=toy_params(seed),
-    tx=optax.set_to_zero() if tx is None else tx,
-    null_fn=lambda condition: {"class_id": jnp.full_like(condition["class_id"], NUM_CLASSES)},
+    tx=_NO_UPDATE if tx is None else tx,
+    null_fn=toy_null,
   )
 
 

@@ -27,12 +27,13 @@ objectives
 step
 evaluation
 writers preemption health
+cli
 checkpoint
 build
 prepare
 hooks
 train
-export sample evaluate benchmark plan pairs
+sample evaluate benchmark
 main
 """
 RANK = {name: row for row, line in enumerate(LAYERS.split("\n")) for name in line.split()}

@@ -14,7 +14,7 @@ from absl.testing import flagsaver
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from dimo_jax import main, train
+from dimo_jax import cli, main, train
 from dimo_jax.health import RunStopped
 from tests import commands
 
@@ -51,7 +51,7 @@ def command(monkeypatch, capsys, tmp_path):
 def refused(command, tmp_path):
   """refused(*arguments, needles): exit code 2 and one line with all needles, before any compute."""
 
-  def check(arguments, needles, workdir=None, code=main.BAD_INPUT):
+  def check(arguments, needles, workdir=None, code=cli.BAD_INPUT):
     workdir = tmp_path / "run" if workdir is None else workdir
     began = time.monotonic()
     found, _, err = command(*arguments, f"--workdir={workdir}")
@@ -160,7 +160,7 @@ def test_bad_use_has_one_line(refused, tmp_path, arguments, needles):
 
 def test_the_workdir_must_be_named(command):
   code, _, err = command(CONFIG)
-  assert (code, err.count("\n")) == (main.BAD_INPUT, 1)
+  assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
   assert err.startswith("error: --workdir is missing")
 
 
@@ -213,7 +213,7 @@ def test_a_run_begun_with_another_config_is_not_continued(command, reference, ch
   before = {p: p.stat().st_mtime_ns for p in reference.rglob("*")}
   arguments = [f"--config.{name}={new}" for name, (_, new) in changes.items()]
   code, _, err = command(*commands.TINY, f"--workdir={reference}", *arguments)
-  assert (code, err.count("\n")) == (main.BAD_INPUT, 1), err
+  assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
   listed = "; ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in sorted(changes.items()))
   assert err.startswith(f"error: {reference} was begun with another config: {listed}. ")
   for mode in ("evaluate", "sample"):
@@ -230,7 +230,7 @@ def test_another_teacher_is_not_put_under_a_distillation(command, reference, tmp
   save_file(arrays, teacher, {"dimo_jax": json.dumps({"teacher": {}})})
   workdir = commands.copy_run(reference, tmp_path / "run")
   code, _, err = command(*commands.TINY, f"--workdir={workdir}", f"--config.teacher.path={teacher}")
-  assert (code, err.count("\n")) == (main.BAD_INPUT, 1), err
+  assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
   assert "teacher.sha256" in err and " -> " in err
 
 
@@ -247,7 +247,7 @@ def test_samples_follow_labels_and_seed(command, reference, tmp_path):
       f"--seed={seed}",
       f"--out={out}",
     )
-    assert code == 0, err
+    assert code == 0, (err, text)
     assert text.splitlines()[-1].startswith(f"3 pictures in {out}; ")
     with Image.open(out) as image:
       return np.asarray(image)
@@ -264,7 +264,7 @@ def test_a_stopped_run_has_its_own_exit_code(command, tmp_path, monkeypatch):
 
   monkeypatch.setattr(train, "train", stop)
   code, _, err = command(CONFIG, f"--workdir={tmp_path}/run")
-  assert code == main.STOPPED
+  assert code == cli.STOPPED
   assert err == "error: step 3: generator/loss not finite. Look at the gradient norms\n"
 
 
@@ -277,10 +277,16 @@ def test_other_errors_keep_their_traceback(command, tmp_path, monkeypatch):
     command(CONFIG, f"--workdir={tmp_path}/run")
 
 
-def test_evaluation_alone_repeats_the_results(reference, tmp_path_factory):
+@pytest.fixture(scope="module")
+def evaluated(reference, tmp_path_factory):
+  """(workdir, stdout) of an evaluation alone."""
   workdir = commands.copy_run(reference, tmp_path_factory.mktemp("evaluated") / "run")
   with commands.shared_folder(tmp_path_factory) as shared:
-    out, _ = commands.run(shared, workdir, "--mode=evaluate")
+    return workdir, commands.run(shared, workdir, "--mode=evaluate")[0]
+
+
+def test_evaluation_alone_repeats_the_results(evaluated, reference):
+  workdir, out = evaluated
   assert commands.results(workdir) == commands.results(reference)
   models = [(row["model"], row["steps"]) for row in commands.results(workdir)]
   assert models == [("real", 0), ("teacher", 1), ("teacher", 4), ("teacher", 16), ("student", 1)]
@@ -290,22 +296,30 @@ def test_evaluation_alone_repeats_the_results(reference, tmp_path_factory):
   )
 
 
-def test_a_random_teacher_needs_no_file(tmp_path, tmp_path_factory):
+@pytest.fixture(scope="module")
+def without_teacher(tmp_path_factory):
+  """(workdir, stdout) of two steps from random weights."""
+  workdir = tmp_path_factory.mktemp("random") / "run"
+  arguments = (
+    "--config.teacher.path=random",
+    "--config.evaluation.protocol=none",
+    "--config.train.num_steps=2",
+    "--config.log.pictures_every_steps=0",
+  )
   with commands.shared_folder(tmp_path_factory) as shared:
-    out, _ = commands.run(
-      shared,
-      tmp_path / "run",
-      "--config.teacher.path=random",
-      "--config.evaluation.protocol=none",
-      "--config.train.num_steps=2",
-      "--config.log.pictures_every_steps=0",
-    )
+    return workdir, commands.run(shared, workdir, *arguments)[0]
+
+
+def test_a_random_teacher_needs_no_file(without_teacher):
+  workdir, out = without_teacher
   assert "evaluation: off" in out
-  assert not (tmp_path / "run" / "teacher").exists()
-  assert [row["step"] for row in commands.rows(tmp_path / "run" / "distill")] == [1, 2]
+  assert not (workdir / "teacher").exists()
+  assert [row["step"] for row in commands.rows(workdir / "distill")] == [1, 2]
 
 
-def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_later(reference, tmp_path_factory):
+@pytest.fixture(scope="module")
+def full_disk(reference, tmp_path_factory):
+  """(workdir, stderr, steps saved, stdout of the same command with space) on a small disk."""
   disk = tmp_path_factory.mktemp("disk")
   mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(disk)]
   if subprocess.run(mount, check=False, capture_output=True).returncode:
@@ -323,12 +337,17 @@ def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_later(reference, tm
     )
     with commands.shared_folder(tmp_path_factory) as shared:
       _, err = commands.run(shared, workdir, *arguments, code=1)
-      assert err == "error: the disk is full; free some space and run the same command again\n"
       saved = commands.checkpoint_steps(workdir / "distill")
-      assert saved and saved[-1] < commands.NUM_STEPS
       fill.unlink()
       out, _ = commands.run(shared, workdir, *arguments)
-    assert f"distill: goes on from step {saved[-1]}\n" in out
-    commands.assert_same_arrays(workdir / "distill", reference / "distill", commands.NUM_STEPS)
+    yield workdir, err, saved, out
   finally:
     subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_later(full_disk, reference):
+  workdir, err, saved, out = full_disk
+  assert err == "error: the disk is full; free some space and run the same command again\n"
+  assert saved and saved[-1] < commands.NUM_STEPS
+  assert f"distill: goes on from step {saved[-1]}\n" in out
+  commands.assert_same_arrays(workdir / "distill", reference / "distill", commands.NUM_STEPS)

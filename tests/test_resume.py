@@ -107,14 +107,14 @@ def interrupted(reference, tmp_path_factory) -> Interrupted:
     step = last_step(distill)
     return step in (10, 12, 18) and step not in commands.checkpoint_steps(distill)
 
+  seen: dict[str, Seen] = {}
   stops: list[tuple[str, Callable[[], bool], int]] = [
     ("teacher", lambda: last_step(teacher) >= 8, signal.SIGKILL),
     ("checkpoint", lambda: bool(unfinished(workdir)), signal.SIGKILL),
     ("row", between_row_and_checkpoint, signal.SIGKILL),
     ("sigterm", lambda: last_step(distill) >= 13, signal.SIGTERM),
-    ("sigint", lambda: last_step(distill) >= 15, signal.SIGINT),
+    ("sigint", lambda: last_step(distill) > seen["sigterm"].last_row, signal.SIGINT),
   ]
-  seen = {}
   with commands.shared_folder(tmp_path_factory) as shared:
     for name, ready, number in stops:
       seen[name] = stop_when(commands.start(shared, workdir), workdir, ready, number)
@@ -158,12 +158,18 @@ def test_damaged_checkpoints_are_named_passed_over_and_kept(interrupted):
   assert f"distill: goes on from step {used}\n" in interrupted.out
 
 
-def test_a_given_teacher_and_more_steps_later_end_the_same(reference, tmp_path_factory):
+@pytest.fixture(scope="module")
+def grown(reference, tmp_path_factory) -> tuple[pathlib.Path, str]:
+  """(workdir, stdout) of ten steps from a given teacher, and then ten more."""
   workdir = tmp_path_factory.mktemp("grown") / "run"
   arguments = ("--config.evaluation.protocol=none", f"--config.teacher.path={reference}/teacher")
   with commands.shared_folder(tmp_path_factory) as shared:
     commands.run(shared, workdir, *arguments, "--config.train.num_steps=10")
-    out, _ = commands.run(shared, workdir, *arguments)
+    return workdir, commands.run(shared, workdir, *arguments)[0]
+
+
+def test_a_given_teacher_and_more_steps_later_end_the_same(grown, reference):
+  workdir, out = grown
   assert "distill: goes on from step 10\n" in out
   assert not (workdir / "teacher").exists()
   commands.assert_same_arrays(workdir / "distill", reference / "distill", commands.NUM_STEPS)

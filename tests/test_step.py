@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import types
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from tests.helpers import dimo, toy_apply, toy_params, toy_state
 KEY = jax.random.key(7)
 
 
+@functools.cache
 def adam(learning_rate=1e-2, **options):
   fields = {
     "name": "adam",
@@ -55,13 +57,16 @@ def distill_state(tx=None, frozen=(), extra=()):
 
 
 def batch(rounds=1, accumulation=1, seed=0):
-  labels = np.random.default_rng(seed).integers(0, 3, (1 + rounds, accumulation, 8), np.int32)
+  rng = np.random.default_rng(seed)
+  labels = jnp.asarray(rng.integers(0, 3, (1 + rounds, accumulation, 8), np.int32))
   return {"generator": {"class_id": labels[0]}, "fake_score": {"class_id": labels[1:]}}
 
 
-def run(objective, state, data, key=KEY, *, decay=0.9, every=1, **static):
-  step = functools.partial(distill_step, objective, decay, every, **static)
-  return jax.jit(step)(state, toy_state(2), data, key)
+@functools.partial(jax.jit, static_argnames=("objective", "decay", "every", "num_rounds"))
+def run(objective, state, data, key=KEY, *, decay=0.9, every=1, num_rounds=None):
+  return distill_step(
+    objective, decay, every, state, toy_state(2), data, key, num_rounds=num_rounds
+  )
 
 
 def assert_equal(one, other):
@@ -102,22 +107,26 @@ def test_rounds_are_the_updates_of_a_plain_loop():
   nets = Nets(start.generator, start.fake_score, teacher)
   first = functools.partial(jax.tree.map, lambda leaf: leaf[0])
   draws = objective.draw_generator(jax.random.fold_in(KEY, 0), data["generator"], jnp.asarray(0))
-  gradient = jax.grad(
-    lambda p: objective.generator_loss(p, nets, first(data["generator"]), first(draws), ())[0]
+  gradient = jax.jit(
+    jax.grad(
+      lambda p: objective.generator_loss(p, nets, first(data["generator"]), first(draws), ())[0]
+    )
   )(start.generator.params)
   updated = start.generator.apply_gradients(grads=gradient, clock=jnp.asarray(0))
   nets = nets.replace(generator=updated)
   losses = []
+
+  @jax.jit
+  @jax.value_and_grad
+  def fake_score_gradient(params, nets, samples, now, draws):
+    return objective.fake_score_loss(params, nets, samples, now, draws, ())[0]
+
   for clock in range(2):
     now = jax.tree.map(lambda leaf, clock=clock: leaf[clock], data["fake_score"])
     draws = objective.draw_fake(jax.random.fold_in(KEY, clock), now, jnp.asarray(clock))
     now, draws = first((now, draws))
-    samples = objective.generate(nets.generator.params, nets, now, draws)
-
-    def loss_fn(params, nets=nets, samples=samples, now=now, draws=draws):
-      return objective.fake_score_loss(params, nets, samples, now, draws, ())[0]
-
-    loss, gradient = jax.value_and_grad(loss_fn)(nets.fake_score.params)
+    samples = jax.jit(objective.generate)(nets.generator.params, nets, now, draws)
+    loss, gradient = fake_score_gradient(nets.fake_score.params, nets, samples, now, draws)
     losses.append(loss)
     updated = nets.fake_score.apply_gradients(grads=gradient, clock=jnp.asarray(clock))
     nets = nets.replace(fake_score=updated)
@@ -281,6 +290,8 @@ class Reusing:
 
   fake_rounds: int
   reuse_samples: bool
+  forward_equivalents = types.MappingProxyType({"generator": 1.0})
+  sampler = target = NotImplemented  # for evaluation, which is not under test
 
   def draw_generator(self, key, batch, clock):
     return jax.random.normal(jax.random.fold_in(key, 1), batch["class_id"].shape)

@@ -19,6 +19,8 @@ SPLITS = ("train", "test")
 class Source(Protocol):
   """Random access to images; a pure function of the index, the same on every host."""
 
+  def __hash__(self) -> int: ...
+
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: SupportsIndex, /) -> dict[str, np.ndarray]:

@@ -3,22 +3,15 @@
 import dataclasses
 import functools
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
+from dimo_jax.samplers import Sampler
 from dimo_jax.sharding import shard_batch
 from dimo_jax.state import NetworkState
 from dimo_jax.types import Array, Condition, Float, Int, Key
-
-
-class Sampler(Protocol):
-  """Hashable settings with `sample(network, condition, key) -> tokens`."""
-
-  def sample(self, network: NetworkState, condition: Condition, key: Key) -> Int[Array, "b l"]:
-    """Codes for a batch of conditions."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True)

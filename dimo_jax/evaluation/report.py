@@ -5,15 +5,19 @@ light or dark theme, and nothing is fetched.
 """
 
 import base64
+import contextlib
+import importlib.metadata
 import io
 import math
 import numbers
 import os
+import platform
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jinja2
 import matplotlib
 from matplotlib.axes import Axes
@@ -22,9 +26,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from dimo_jax.types import UserError
 
-__all__ = ["console_table", "write_report"]
+__all__ = ["console_table", "versions", "write_report"]
 
 Row = Mapping[str, Any]
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "dimo-jax")
 
 # key, heading, format, explanation; the columns of both tables, in order
 COLUMNS = (
@@ -461,3 +467,16 @@ on the number of images.</p>
 </body>
 </html>
 """
+
+
+def versions() -> dict[str, str]:
+  """Packages, Python and device, for the record."""
+  found = {}
+  for name in _PACKAGES:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  device = jax.devices()[0]
+  return found | {
+    "python": platform.python_version(),
+    "device": f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
+  }

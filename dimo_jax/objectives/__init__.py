@@ -1,9 +1,10 @@
 """Objectives: the two losses that turn a teacher into a generator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from dimo_jax.objectives.dimo import Dimo
+from dimo_jax.samplers import Sampler
 from dimo_jax.state import Nets
 from dimo_jax.types import Array, Batch, Float, Int, Key, Metrics, Params
 
@@ -18,8 +19,30 @@ class Objective(Protocol):
   small state, handed through. A draw's leaves have a leading micro-batch axis.
   """
 
-  fake_rounds: int  # fake-score updates for each generator update
-  reuse_samples: bool  # the first round takes the generator update's samples
+  @property
+  def fake_rounds(self) -> int:
+    """Fake-score updates for each generator update."""
+    ...
+
+  @property
+  def reuse_samples(self) -> bool:
+    """Whether the first round takes the generator update's samples."""
+    ...
+
+  @property
+  def forward_equivalents(self) -> Mapping[str, float]:
+    """Forward passes a sample costs in one iteration, by network; a backward pass counts two."""
+    ...
+
+  def sampler(self, **options: Any) -> Sampler:
+    """The student's sampler at test time; `options` are the fields of `config.sampling`."""
+    ...
+
+  def target(self, decoding: Any) -> Sampler | None:
+    """The teacher's sampler whose distribution the student is trained to match, where that is
+    another one than its `decoding`.
+    """
+    ...
 
   def draw_generator(self, key: Key, batch: Batch, clock: Int[Array, ""]) -> Any:
     """Every random number of one generator update."""

@@ -16,6 +16,7 @@ from dimo_jax.objectives.denoising import cross_entropy, masked_mean, soft_cross
 from dimo_jax.objectives.divergences import divergence_fn, logit_gradient
 from dimo_jax.processes import masking
 from dimo_jax.processes.guidance import guided
+from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.samplers.one_step import OneStep, OneStepDraws
 from dimo_jax.state import Nets, NetworkState
 from dimo_jax.types import (
@@ -126,6 +127,26 @@ class Dimo:
       top_k=self.top_k,
       top_p=self.top_p,
       allow_mask_token=self.allow_mask_token,
+    )
+
+  def sampler(self, **options: Any) -> OneStep:
+    """One step as in training, but for the filters of `config.sampling`."""
+    return dataclasses.replace(self.one_step, **options)
+
+  def target(self, decoding: MaskGit) -> MaskGit:
+    """What Di[M]O really distils: random order, one token a step, guidance and temperature as in
+    the training.
+    """
+    return dataclasses.replace(
+      decoding,
+      num_steps=self.num_tokens,
+      order="random",
+      temperature=self.teacher_temperature,
+      top_k=0,
+      top_p=0.0,
+      guidance_scale=self.teacher_guidance,
+      guidance_ramp=False,
+      rewrite_revealed=False,
     )
 
   @property

@@ -90,6 +90,16 @@ class MaskGit:
     self.counts()
 
   @property
+  def name(self) -> str:
+    """What a table calls it."""
+    return f"maskgit {self.order} order"
+
+  def at(self, clock: int) -> "MaskGit":
+    """Itself: nothing warms up."""
+    del clock
+    return self
+
+  @property
   def num_tokens(self) -> int:
     """Tokens of the grid."""
     return self.grid[0] * self.grid[1]
@@ -131,7 +141,6 @@ class MaskGit:
     if initial_tokens is None:
       initial_tokens = jnp.full((b, self.num_tokens), self.mask_token_id, jnp.int32)
     null_condition = network.null_fn(condition)
-    rank = self._halton_rank(draws) if self.order == "halton" else None
     progress = jnp.asarray(self.progress(), jnp.float32)
 
     def step(carry, inputs):
@@ -161,7 +170,7 @@ class MaskGit:
       elif self.order == "greedy":
         score = log_probability
       else:
-        score = -rank.astype(jnp.float32)
+        score = -self._halton_rank(draws).astype(jnp.float32)
       # The `count` best masked positions; masked ones always rank before revealed ones.
       score = jnp.where(mask, score, -jnp.inf)
       place = jnp.argsort(jnp.argsort(-score, axis=-1), axis=-1)

@@ -45,6 +45,9 @@ class OneStep:
   top_p: float
   allow_mask_token: bool
 
+  name = "one step"
+  num_steps = 1
+
   def __post_init__(self):
     def require(ok: bool, name: str, wanted: str):
       if not ok:

@@ -1,7 +1,7 @@
 """The masked discrete teacher: a MaskTransformer over the tokens of a tokenizer."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class MaskedTeacher:
     dropout_key: Key | None = None,
   ) -> Float[Array, "b l v"]:
     """Logits of a token grid; dropout is active where its key is given."""
-    return self.network.apply(
+    logits = self.network.apply(
       {"params": params},
       tokens,
       condition["class_id"],
@@ -65,6 +65,7 @@ class MaskedTeacher:
       deterministic=dropout_key is None,
       rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
+    return cast(Array, logits)  # not (logits, state): nothing is mutable
 
   def null_condition(self, condition: Condition) -> Condition:
     """The null class for every sample."""

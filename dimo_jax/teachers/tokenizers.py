@@ -20,9 +20,14 @@ class Tokenizer(Protocol):
       knows tokens only.
   """
 
-  codebook_size: int
-  grid: tuple[int, int]
-  image_shape: tuple[int, int, int] | None
+  @property
+  def codebook_size(self) -> int: ...
+
+  @property
+  def grid(self) -> tuple[int, int]: ...
+
+  @property
+  def image_shape(self) -> tuple[int, int, int] | None: ...
 
   def fit(self, images: np.ndarray, seed: int) -> Params:
     """Parameters fitted on training images [n, h, w, c]."""
@@ -74,7 +79,7 @@ class PatchTokenizer:
     Raises:
       UserError: there are fewer distinct patches than codes.
     """
-    patches = self._patches(images)
+    patches = np.asarray(self._patches(jnp.asarray(images)))
     patches = patches.reshape(-1, patches.shape[-1])
     num_distinct = len(np.unique(patches, axis=0))
     if num_distinct < self.codebook_size:
