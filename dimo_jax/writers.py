@@ -23,7 +23,7 @@ def write_atomically(path: Path, text: str) -> None:
   os.replace(temporary, path)
 
 
-def read_metrics(directory: Path) -> list[dict[str, float]]:
+def read_metrics(directory: Path) -> list[dict[str, float | int]]:
   """The rows of a stage's metrics.jsonl; a last line cut short by a kill is dropped."""
   path = directory / "metrics.jsonl"
   rows = []

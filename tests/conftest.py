@@ -3,12 +3,15 @@
 import os
 
 # Before anything imports jax. One thread per device: bits must not depend on the number of cores.
+# Most of a test's time is compilation, so the compiler's expensive passes are off.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
   [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
     "--xla_cpu_multi_thread_eigen=false",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
   ]
 )
 

@@ -37,9 +37,13 @@ def build_tokenizer(
   config: ml_collections.ConfigDict, image_shape: tuple[int, int, int] | None
 ) -> Tokenizer:
   """The tokenizer that `config.tokenizer` names, for images of this shape (None: no images)."""
-  fields = config.tokenizer
-  tokenizer = choose(TOKENIZERS, fields.name, "tokenizer.name")
-  return tokenizer(image_shape, fields.patch_size, fields.grid_size, fields.codebook_size)
+  tokenizer = choose(TOKENIZERS, config.tokenizer.name, "tokenizer.name")
+  return tokenizer(
+    image_shape,
+    config.tokenizer.patch_size,
+    config.tokenizer.grid_size,
+    config.tokenizer.codebook_size,
+  )
 
 
 def build_teacher(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> MaskedTeacher:

@@ -1,0 +1,131 @@
+"""Every field of the configs is read by code, documented, and every preset can be built."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import pathlib
+import tokenize
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from configs import base
+from dimo_jax.build import build
+from dimo_jax.health import Health
+from dimo_jax.models.mask_transformer import MaskTransformer
+from dimo_jax.objectives.denoising import MaskedDenoising
+from dimo_jax.objectives.dimo import Dimo
+from dimo_jax.optim import OptimizerSpec
+from dimo_jax.samplers.maskgit import MaskGit
+from dimo_jax.samplers.one_step import OneStep
+
+ROOT = pathlib.Path(__file__).parent.parent
+PRESETS = sorted(p.stem for p in (ROOT / "configs").glob("[a-z]*.py"))
+FIELDS = sorted(traverse_util.flatten_dict(base.get_config().to_dict(), sep="."))
+
+# Sections that become one object each: unknown fields are refused by its constructor, and the tests
+# of that object flip each of its fields.
+OBJECTS = {
+  "model.": MaskTransformer,
+  "teacher.pretrain.optim.": OptimizerSpec,
+  "teacher.pretrain.": MaskedDenoising,
+  "teacher.decoding.": MaskGit,
+  "dimo.": Dimo,
+  "optim.generator.": OptimizerSpec,
+  "optim.fake_score.": OptimizerSpec,
+  "sampling.": OneStep,
+  "health.": Health,
+}
+
+
+def read_attributes() -> set[str]:
+  """`section.name` of every `....section.name` and `....section["name"]` in the package."""
+  found = set()
+  for path in (ROOT / "dimo_jax").rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Attribute):
+        owner = node.value
+        name = getattr(owner, "attr", getattr(owner, "id", "")).lstrip("_")
+        found.add(f"{name}.{node.attr}")
+      elif isinstance(node, ast.Tuple):  # (section, name) pairs that a loop reads
+        parts = [e.value for e in node.elts if isinstance(e, ast.Constant)]
+        if len(parts) == len(node.elts) == 2:
+          found.add(f"{parts[0]}.{parts[1]}")
+  return found
+
+
+def object_of(field: str) -> type | None:
+  """The class that takes a field as an argument."""
+  for prefix, kind in OBJECTS.items():
+    name = field.removeprefix(prefix)
+    if field.startswith(prefix) and name in {f.name for f in dataclasses.fields(kind)}:
+      return kind
+  return None
+
+
+def test_every_field_is_read():
+  read = read_attributes()
+  plain = [field for field in FIELDS if object_of(field) is None]
+  unread = [
+    field
+    for field in plain
+    if ".".join(field.split(".")[-2:]) not in read and f"config.{field}" not in read
+  ]
+  assert not unread
+  assert "train.nonsense" not in read
+
+
+def test_every_field_has_its_line():
+  """Once, in base.py; the optimisers' fields once in their helper."""
+  source = inspect.getsource(base)
+  for field in FIELDS:
+    name = field.split(".")[-1]
+    lines = [line for line in source.splitlines() if f".{name} = " in line or f"{name}=" in line]
+    assert lines, field
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_only_overrides_and_says_how_it_is_run(preset):
+  module = importlib.import_module(f"configs.{preset}")
+  config = module.get_config()
+  assert config.is_locked
+  assert set(traverse_util.flatten_dict(config.to_dict(), sep=".")) == set(FIELDS)
+  assert preset == "base" or f"--config=configs/{preset}.py" in module.__doc__
+
+
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "base"])
+def test_a_preset_can_be_built(preset):
+  config = importlib.import_module(f"configs.{preset}").get_config()
+  config.train.batch_size = max(config.train.batch_size, jax.device_count())
+  if preset in ("benchmark", "imagenet256"):
+    config.teacher.path = "random"
+  experiment = build(config)
+  assert experiment.num_updates == config.train.num_steps * config.dimo.fake_rounds
+
+
+def test_the_published_settings_are_the_defaults():
+  """Di[M]O, arXiv:2503.15457, and its release: what a reader would look up first."""
+  config = base.get_config()
+  assert (config.model.hidden_dim, config.model.num_layers, config.model.num_heads) == (768, 24, 16)
+  assert (config.tokenizer.grid_size, config.tokenizer.codebook_size) == (16, 1024)
+  assert (config.dimo.r_init, config.dimo.sigma, config.dimo.teacher_guidance) == (0.6, 0.1, 2.0)
+  assert (config.dimo.mask_schedule, config.dimo.label_smoothing) == ("arccos", 0.1)
+  assert (config.train.batch_size, config.train.ema_decay) == (128, 0.9999)
+
+
+def test_no_line_of_base_is_without_a_purpose():
+  """No commented-out settings."""
+  with open(ROOT / "configs" / "base.py", "rb") as stream:
+    comments = [t.string for t in tokenize.tokenize(stream.readline) if t.type == tokenize.COMMENT]
+  assert not [c for c in comments if c.lstrip("# ").startswith(("config.", "dimo.", "train."))]
+
+
+def test_equal_configs_build_equal_objectives():
+  """What jit takes as static is equal by value, so nothing is compiled twice."""
+  one, other = (build(importlib.import_module("configs.debug").get_config()) for _ in range(2))
+  assert one.objective == other.objective and hash(one.objective) == hash(other.objective)
+  assert one.decoding == other.decoding and one.student_sampler == other.student_sampler
+  np.testing.assert_array_equal(one.decoding.counts(), other.decoding.counts())

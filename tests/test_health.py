@@ -1,0 +1,69 @@
+"""Signs of a run gone wrong stop it with a message that says what to look at."""
+
+import errno
+import math
+
+import pytest
+
+from configs import base
+from dimo_jax.health import Health, RunStopped, disk_is_full
+
+LIMITS = base.get_config().health.to_dict()
+GOOD = {"generator/entropy": 2.0, "distill/disagreement": 0.3, "generator/contrast": 0.5}
+
+
+def health(**options):
+  return Health(**LIMITS | options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_stops_at_once(value):
+  with pytest.raises(RunStopped, match=r"step 7: fake_score/loss not finite.*here.*gradient norm"):
+    health().check(7, GOOD | {"fake_score/loss": value}, "here")
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "limit"),
+  [
+    ("generator/entropy", 1e-4, "health.min_entropy"),
+    ("distill/disagreement", 0.999, "health.max_disagreement"),
+    ("generator/contrast", 0.001, "health.min_contrast"),
+  ],
+)
+def test_a_sign_must_persist(name, value, limit):
+  watch = health(patience=3)
+  for step in range(1, 20):  # never three in a row
+    watch.check(step, GOOD | ({} if step % 3 == 0 else {name: value}), "here")
+  watch.check(20, GOOD | {name: value}, "here")
+  with pytest.raises(RunStopped, match=f"{name}={value:.4g} .*{limit}=.*Look at") as error:
+    watch.check(21, GOOD | {name: value}, "here")
+    watch.check(22, GOOD | {name: value}, "here")
+  assert "\n" not in str(error.value)
+
+
+def test_readings_without_the_metric_neither_strike_nor_forgive():
+  watch = health(patience=2)
+  watch.check(1, {"generator/contrast": 0.0}, "here")
+  watch.check(2, {"generator/entropy": 2.0}, "here")
+  with pytest.raises(RunStopped, match="generator/contrast"):
+    watch.check(3, {"generator/contrast": 0.0}, "here")
+
+
+@pytest.mark.parametrize(
+  ("option", "value"),
+  [("min_entropy", 3.0), ("max_disagreement", 0.1), ("min_contrast", 0.9)],
+)
+def test_every_limit_is_read(option, value):
+  health(patience=1).check(1, GOOD, "here")
+  with pytest.raises(RunStopped, match=option):
+    health(**{option: value}, patience=1).check(1, GOOD, "here")
+
+
+def test_a_full_disk_is_recognised_however_it_is_wrapped():
+  full = OSError(errno.ENOSPC, "No space left on device")
+  wrapped = RuntimeError("cannot write")
+  wrapped.__cause__ = full
+  text = ValueError("RESOURCE_EXHAUSTED: ... No space left on device")
+  assert disk_is_full(full) and disk_is_full(wrapped) and disk_is_full(text)
+  assert not disk_is_full(OSError(errno.EACCES, "Permission denied"))
+  assert not disk_is_full(None)
