@@ -56,7 +56,11 @@ class Writer:
     self._rows = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
     # A bounded queue would block for ever once a full disk has killed the thread that empties it.
     self._board = SummaryWriter(
-      str(directory / "tensorboard"), purge_step=start_step + 1, max_queue=0, flush_secs=10
+      str(directory / "tensorboard"),
+      purge_step=start_step + 1,
+      max_queue=0,
+      flush_secs=10,
+      filename_suffix=f".{start_step}",  # two within a second would have the same name
     )
 
   def metrics(self, step: int, values: Mapping[str, float], *, quiet: bool = False) -> None:
