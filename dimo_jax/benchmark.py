@@ -161,7 +161,8 @@ def run(experiment: Experiment, repeats: int, peak_sizes: list[int]) -> dict[str
   return result
 
 
-def _dispatch() -> None:
+def dispatch() -> None:
+  """Runs the benchmark that the flags describe."""
   on_cpu = jax.default_backend() == "cpu"
   sizes = [int(size) for size in _PEAK_SIZES.value or []]
   sizes = sizes or ([512, 1024, 2048] if on_cpu else [4096, 8192, 16384])
@@ -171,4 +172,4 @@ def _dispatch() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(_dispatch)
+  cli.run(dispatch)

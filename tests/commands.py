@@ -8,7 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,10 +44,12 @@ def environment(shared: pathlib.Path) -> dict[str, str]:
   }
 
 
-def start(shared: pathlib.Path, workdir: pathlib.Path, *arguments: str) -> subprocess.Popen:
+def start(
+  shared: pathlib.Path, workdir: pathlib.Path, *arguments: str, command: Sequence[str] = TINY
+) -> subprocess.Popen:
   """Starts `python -m dimo_jax.main` on a workdir."""
   return subprocess.Popen(
-    [sys.executable, "-m", "dimo_jax.main", *TINY, f"--workdir={workdir}", *arguments],
+    [sys.executable, "-m", "dimo_jax.main", *command, f"--workdir={workdir}", *arguments],
     cwd=ROOT,
     env=environment(shared),
     stdout=subprocess.PIPE,
@@ -57,11 +59,16 @@ def start(shared: pathlib.Path, workdir: pathlib.Path, *arguments: str) -> subpr
 
 
 def run(
-  shared: pathlib.Path, workdir: pathlib.Path, *arguments: str, code: int = 0
+  shared: pathlib.Path,
+  workdir: pathlib.Path,
+  *arguments: str,
+  command: Sequence[str] = TINY,
+  code: int = 0,
+  timeout_s: float = 240,
 ) -> tuple[str, str]:
   """Runs the command to its end; (stdout, stderr), after the exit code was found right."""
-  process = start(shared, workdir, *arguments)
-  out, err = process.communicate(timeout=240)
+  process = start(shared, workdir, *arguments, command=command)
+  out, err = process.communicate(timeout=timeout_s)
   assert process.returncode == code, (process.returncode, out[-2000:], err[-4000:])
   return out, err
 

@@ -1,0 +1,78 @@
+"""The benchmark's figures: what is counted, and that the command prints them."""
+
+import contextlib
+import io
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from dimo_jax import benchmark, cli
+from tests import commands
+from tests.helpers import dimo, transformer
+
+
+def test_median_leaves_the_warm_up_out(monkeypatch):
+  clock = iter(float(second) for second in (0, 100, 200, 203, 203, 204, 204, 206))
+  monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+  assert benchmark.median_seconds(lambda: 1, repeats=3) == 2.0
+
+
+@pytest.mark.parametrize(
+  ("options", "counts"),
+  [
+    ({"teacher_guidance": 1.0}, {"generator": 4, "teacher": 1, "fake_score": 4}),
+    ({"teacher_guidance": 2.0}, {"generator": 4, "teacher": 2, "fake_score": 4}),
+    ({"fake_guidance": 2.0, "fake_rounds": 3}, {"generator": 6, "teacher": 2, "fake_score": 11}),
+    ({"fake_train_guidance": 2.0}, {"generator": 4, "teacher": 2, "fake_score": 7}),
+  ],
+)
+def test_forward_passes_of_an_iteration(options, counts):
+  """A gradient costs three forward passes; a round generates once."""
+  assert dimo(**options).forward_equivalents == counts
+
+
+def test_flops_of_a_transformer_are_those_of_its_products():
+  """XLA counts every operation of the traced program; at this width products are nearly all."""
+  net = transformer(num_tokens=64, hidden_dim=512, mlp_dim=2048, num_layers=2)
+  tokens, labels = jnp.zeros((1, 64), jnp.int32), jnp.zeros(1, jnp.int32)
+  params = jax.eval_shape(net.init, jax.random.key(0), tokens, labels)
+  counted = jax.jit(net.apply).lower(params, tokens, labels).cost_analysis()["flops"]
+  assert net.forward_flops == pytest.approx(counted, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def printed():
+  """Standard output of the command on the smallest config."""
+  arguments = ["--config=configs/debug.py", "--repeats=2", "--peak_sizes=64"]
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  out = io.StringIO()
+  with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
+    patch.chdir(commands.ROOT)
+    patch.setattr(sys, "argv", ["benchmark", *arguments])
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as raised:
+      cli.run(benchmark.dispatch)
+  assert not raised.value.code
+  return out.getvalue()
+
+
+def test_the_command_prints_phases_and_one_json_line(printed):
+  *lines, last = printed.strip().splitlines()
+  result = json.loads(last)
+  assert {"generate", "generator_gradient", "fake_score_gradient", "iteration"} == {
+    *result["seconds"]
+  }
+  assert all(value > 0 for value in result["seconds"].values())
+  assert result["share_of_peak"] == pytest.approx(
+    sum(result["model_flops"].values())
+    / result["seconds"]["iteration"]
+    / result["matmul_peak_flops_per_second"]
+  )
+  assert result["tokens_per_second"] == pytest.approx(32 * 16 / result["seconds"]["iteration"])
+  assert result["compile_seconds"] > 0 and result["program_bytes"]["arguments"] > 0
+  assert len(lines) >= 5
