@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
 
   teacher.decoding = decoding = ConfigDict()  # MaskGIT decoding for evaluation and pictures
   decoding.num_steps = 12  # of the pictures; evaluation has its own list
-  decoding.schedule = "arccos"  # "root", "linear", "square", "cosine" or "arccos"
+  decoding.schedule = "arccos"  # "root", "linear", "square", "cosine", "arccos" or "uniform"
   decoding.order = "confidence"  # "confidence", "random", "warm_up", "greedy" or "halton"
   decoding.order_temperature = 4.5  # of the Gumbel noise on the confidence
   decoding.temperature = 1.0
@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
 
   config.dimo = dimo = ConfigDict()  # Di[M]O
   dimo.r_init = 0.6  # share of initial tokens that are masked; 1 collapses, near 0 is unstable
-  dimo.r_init_high = 0.6  # above r_init: one ratio an update, uniform on [r_init, r_init_high]
+  dimo.r_init_high = 0.0  # above r_init: one ratio an update, uniform on [r_init, r_init_high]
   dimo.sigma_schedule = "fixed"  # or a warm-up from 0 to 1: "linear", "exponential", "cosine"
   dimo.sigma = 0.1  # embedding perturbation where the schedule is "fixed"; 0 is off
   dimo.sigma_num_warmup = 10_000  # updates, the scale of the warm-ups
@@ -159,7 +159,8 @@ def get_config() -> ConfigDict:
   health.min_entropy = 1e-3  # nats per token of the generator, below which it has collapsed
   health.max_disagreement = 0.995  # total variation of teacher and fake score, above: diverged
   health.min_contrast = 0.02  # standard deviation of decoded pixels in [-1, 1], below: blank
-  health.patience = 3  # readings in a row before the run stops
+  health.max_brightness = 0.98  # |mean| of those pixels, above: all black or all white
+  health.patience = 3  # readings in a row before the run stops; pictures stop it at the first
 
   config.lock()
   return config

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from dimo_jax import cli, prepare, train
+from dimo_jax import cli, prepare, start
 from dimo_jax.build import Experiment, build
 from dimo_jax.evaluation.report import versions
 from dimo_jax.state import DistillState, Nets, NetworkState
@@ -100,13 +100,15 @@ def run(experiment: Experiment, repeats: int, peak_sizes: list[int]) -> dict[str
   """Benchmarks one config; returns what the JSON line holds."""
   config = experiment.config
   params = prepare.random_teacher(experiment)
-  state = train.initial_state(experiment, params)
-  teacher = train.teacher_state(experiment, params, {})
-  batch = next(train.distill_batches(experiment, 0, 1))
-  key = train.base_key(experiment)
+  state = start.place(
+    start.initial_state(experiment, params)(), experiment.mesh, experiment.config.mesh.rules
+  )
+  teacher = start.teacher_state(experiment, params, {})
+  batch = next(start.distill_batches(experiment, 0, 1))
+  key = start.base_key(experiment)
 
   began = time.perf_counter()
-  step = train.jit_distill_step(experiment, state, teacher).lower(state, teacher, batch, key)
+  step = start.jit_distill_step(experiment, state, teacher).lower(state, teacher, batch, key)
   compiled = step.compile()
   compile_seconds = time.perf_counter() - began
   memory = compiled.memory_analysis()

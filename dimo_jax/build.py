@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import ml_collections
 from flax import traverse_util
 from jax.sharding import Mesh
@@ -14,7 +15,8 @@ from dimo_jax.objectives.denoising import MaskedDenoising
 from dimo_jax.optim import OptimizerSpec
 from dimo_jax.samplers import Sampler
 from dimo_jax.samplers.maskgit import MaskGit
-from dimo_jax.sharding import check_batch, make_mesh
+from dimo_jax.sharding import check_batch, make_mesh, state_sharding
+from dimo_jax.state import split
 from dimo_jax.teachers import build_teacher, build_tokenizer
 from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.teachers.tokenizers import Tokenizer
@@ -117,6 +119,9 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     mask_token_id=teacher.mask_token_id,
     **config[config.objective],
   )
+  shapes = jax.eval_shape(teacher.init, jax.random.key(0))
+  split(shapes, tuple(config.optim.frozen))
+  state_sharding(shapes, mesh, config.mesh.rules)
   optimizers = {}
   for name in ("generator", "fake_score"):
     optimizers[name] = OptimizerSpec(**config.optim[name])

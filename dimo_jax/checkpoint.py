@@ -8,6 +8,7 @@ Restore precedence of a stage:
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,15 @@ BEST_METRIC = "evaluation/frechet_distance"  # lower is better
 class Checkpoints:
   """Asynchronous, atomic checkpoints of one stage's state: the newest few and the best."""
 
-  def __init__(self, directory: Path, keep: int):
-    """Opens (and makes) a directory of checkpoints, named by the number of steps done."""
+  def __init__(self, directory: Path, keep: int = 1, *, read_only: bool = False):
+    """Opens a directory of checkpoints, named by the number of steps done.
+
+    Args:
+      keep: how many of the newest to keep, beside the best.
+      read_only: change nothing there, where a training may be at work; else it is made.
+    """
     self._directory = directory.absolute()
-    self._keep = keep
+    self._keep, self._read_only = keep, read_only
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
@@ -43,6 +49,10 @@ class Checkpoints:
       try:
         json.loads(path.read_text(encoding="utf-8"))
       except ValueError as error:
+        if self._read_only:
+          raise UserError(
+            f"checkpoint {path.parents[1]} is damaged; --mode=train puts it aside"
+          ) from error
         self._move_aside(int(path.parts[-3]), error)
     policies = checkpoint_managers.preservation_policy
     keep = policies.AnyPreservationPolicy(
@@ -60,8 +70,9 @@ class Checkpoints:
       preservation_policy=keep,
       best_fn=_best_metric,  # without it the metrics are not written
       best_mode="min",
-      create=True,
-      cleanup_tmp_directories=True,
+      create=not self._read_only,
+      cleanup_tmp_directories=not self._read_only,
+      read_only=self._read_only,
     )
     return ocp.CheckpointManager(self._directory, options=options)
 
@@ -84,8 +95,9 @@ class Checkpoints:
     they were saved from.
 
     Raises:
-      UserError: the asked-for step does not exist.
+      UserError: the asked-for step does not exist, or none of the checkpoints can be read.
     """
+    _quiet_abandoned_reads()
     steps = sorted(self._manager.all_steps(), reverse=True)
     if step is not None:
       if step not in steps:
@@ -102,9 +114,16 @@ class Checkpoints:
         self._verify(candidate, tree)
         return serialization.from_state_dict(state, tree), candidate
       except Exception as error:  # whatever a damaged file makes of itself
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+          raise
         self._manager.close()
         self._move_aside(candidate, error)
         self._manager = self._open()
+    if steps:
+      raise UserError(
+        f"none of the checkpoints {steps} of {self._directory} can be read; to begin anew move"
+        f" {self._directory.parent} away"
+      )
     return None
 
   def _verify(self, step: int, tree: Any) -> None:
@@ -119,6 +138,8 @@ class Checkpoints:
     path = self._directory / str(step)
     reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
     say(f"checkpoint {path} is damaged and skipped: {reason}")
+    if self._read_only:
+      return
     target = self._directory / "damaged" / str(step)
     target.parent.mkdir(exist_ok=True)
     for i in range(1, 1000):
@@ -135,6 +156,20 @@ class Checkpoints:
     """Waits for a checkpoint under way."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def _quiet_abandoned_reads() -> None:
+  """Orbax gives up on a damaged array while others are still being read, and each of them would
+  print a traceback once it finds the event loop closed.
+  """
+  hook = sys.unraisablehook
+
+  def quiet(error: Any) -> None:
+    if "Event loop is closed" not in str(error.exc_value):
+      hook(error)
+
+  if getattr(hook, "__qualname__", "") != quiet.__qualname__:
+    sys.unraisablehook = quiet
 
 
 def _best_metric(metrics: Mapping[str, float]) -> float:

@@ -15,12 +15,12 @@ from dimo_jax.state import DistillState, NetworkState
 from dimo_jax.writers import read_metrics, say, write_atomically
 
 
-def evaluate_workdir(experiment: Experiment, workdir: Path) -> None:
-  """Evaluates a trained workdir; without a protocol there is nothing to do, and it says so."""
+def evaluate_workdir(experiment: Experiment, workdir: Path, *, best: bool = False) -> None:
+  """Evaluates a trained workdir, its last or best student; without a protocol it says so."""
   if experiment.protocol is None:
     say("evaluation: off (evaluation.protocol='none')")
     return
-  teacher, state = train.restore(experiment, workdir)
+  teacher, state = train.restore(experiment, workdir, best=best)
   reference = prepare.fit_classifier(experiment, workdir)
   assert reference is not None  # there is a protocol
   evaluate(experiment, workdir, teacher, state, reference)
@@ -55,12 +55,15 @@ def evaluate(
     runs.append(("teacher", target, teacher))
   runs.append(("student", experiment.student_sampler.at(int(state.clock)), student))
   for model, sampler, network in runs:
-    row = evaluate_sampler(experiment, reference, sampler, network)
+    row: dict[str, Any] = {**evaluate_sampler(experiment, reference, sampler, network)}
     steps = sampler.num_steps
     rows.append({"model": model, "sampler": sampler.name, "steps": steps, **row})
     say(f"evaluation: {model} {sampler.name} {steps} steps: {row['frechet_distance']:.4f}")
   for row in rows:
     row["seed"] = config.seed
+    row["sampling_seed"] = config.evaluation.seed
+    row["classifier_accuracy"] = reference.classifier.test_accuracy
+    row["classifier_sha256"] = reference.classifier.weight_hash()
   write_atomically(workdir / "results.json", json.dumps(rows, indent=1))
   _report(experiment, workdir, rows, reference)
   return rows
@@ -82,12 +85,16 @@ def _report(
     f"Protocol {protocol.name}: {protocol.num_images} images against the"
     f" {protocol.reference_split} split; {protocol.feature_network}, test accuracy"
     f" {classifier.test_accuracy:.4f}, seed {classifier.seed}, weights sha256"
-    f" {classifier.weight_hash()}, fixed before any generator was trained.",
+    f" {classifier.weight_hash()}: a function of the data and its own seed, never of a generator.",
     "The normalized distance is divided by the trace of the reference covariance. Row 'real' is the"
     " test split against the training split: the floor.",
-    "The student's target is the teacher in random order at the training's guidance and temperature"
-    " (row 'maskgit random order'), not its confidence-ordered decoding.",
   ]
+  target = experiment.objective.target(experiment.decoding)
+  if target is not None:
+    notes.append(
+      f"The student's target is the row {target.name!r}, at the guidance and temperature of the"
+      " training, not the teacher's best decoding."
+    )
   path = workdir / "report.html"
   write_report(
     path,

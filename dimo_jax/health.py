@@ -20,13 +20,17 @@ class Health:
   min_entropy: float
   max_disagreement: float
   min_contrast: float
+  max_brightness: float
   patience: int
 
   def __post_init__(self):
     self._strikes: dict[str, int] = {}
 
   def check(self, step: int, metrics: Mapping[str, float], directory: str) -> None:
-    """Raises RunStopped at a non-finite value, or where a sign persists for `patience` readings."""
+    """Raises RunStopped at a non-finite value, or where a sign persists.
+
+    It must for `patience` readings, of a picture for one: pictures are rare.
+    """
     bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     if bad:
       raise RunStopped(
@@ -34,44 +38,46 @@ class Health:
         " Look at the gradient norms before it in metrics.jsonl; lower the learning rates, raise"
         " optim.*.num_warmup, or use precision.compute_dtype='float32'"
       )
-    self._strike(
-      step,
-      "generator/entropy",
-      metrics.get("generator/entropy", math.inf) < self.min_entropy,
-      f"below health.min_entropy={self.min_entropy} nats: the generator has collapsed to one answer"
-      " per input. Look at the pictures; lower dimo.r_init, set dimo.sigma above 0, lower"
-      " optim.generator.learning_rate, or lower b1 of both optimisers",
-      metrics,
+    signs = (
+      (
+        "generator/entropy",
+        lambda value: value < self.min_entropy,
+        f"below health.min_entropy={self.min_entropy} nats: the generator has collapsed to one"
+        " answer per input. Look at the pictures; lower dimo.r_init, set dimo.sigma above 0, lower"
+        " optim.generator.learning_rate, or lower b1 of both optimisers",
+        self.patience,
+      ),
+      (
+        "distill/disagreement",
+        lambda value: value > self.max_disagreement,
+        f"above health.max_disagreement={self.max_disagreement}: teacher and fake score see nothing"
+        " alike in the samples. Look at the pictures; lower optim.generator.learning_rate or raise"
+        " the fake rounds",
+        self.patience,
+      ),
+      (
+        "generator/contrast",
+        lambda value: value < self.min_contrast,
+        f"below health.min_contrast={self.min_contrast}: the pictures are blank. Look at them, and"
+        " at the teacher's beside them",
+        1,
+      ),
+      (
+        "generator/brightness",
+        lambda value: abs(value) > self.max_brightness,
+        f"beyond health.max_brightness={self.max_brightness}: the pictures are all black or all"
+        " white. Look at them, and at the teacher's beside them",
+        1,
+      ),
     )
-    self._strike(
-      step,
-      "distill/disagreement",
-      metrics.get("distill/disagreement", 0.0) > self.max_disagreement,
-      f"above health.max_disagreement={self.max_disagreement}: teacher and fake score see nothing"
-      " alike in the samples. Look at the pictures; lower optim.generator.learning_rate or raise"
-      " dimo.fake_rounds",
-      metrics,
-    )
-    self._strike(
-      step,
-      "generator/contrast",
-      metrics.get("generator/contrast", math.inf) < self.min_contrast,
-      f"below health.min_contrast={self.min_contrast}: the pictures are blank. Look at them, and at"
-      " the teacher's beside them",
-      metrics,
-    )
-
-  def _strike(
-    self, step: int, name: str, struck: bool, text: str, metrics: Mapping[str, float]
-  ) -> None:
-    if name not in metrics:
-      return
-    self._strikes[name] = self._strikes.get(name, 0) + 1 if struck else 0
-    if self._strikes[name] >= self.patience:
-      raise RunStopped(
-        f"step {step}: {name}={metrics[name]:.4g} {text}. ({self.patience} readings in a row,"
-        " health.patience)"
-      )
+    for name, is_bad, text, patience in signs:
+      if name not in metrics:
+        continue
+      self._strikes[name] = self._strikes.get(name, 0) + 1 if is_bad(metrics[name]) else 0
+      if self._strikes[name] >= patience:
+        raise RunStopped(
+          f"step {step}: {name}={metrics[name]:.4g} {text}. ({patience} readings in a row)"
+        )
 
 
 def disk_is_full(error: BaseException | None) -> bool:

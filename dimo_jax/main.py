@@ -1,7 +1,9 @@
 """Command line: flags and dispatch. `python -m dimo_jax.main --config=configs/digits.py`."""
 
+import fcntl
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from absl import flags, logging
 
@@ -12,6 +14,9 @@ MODES = ("train", "evaluate", "sample")
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_CHECKPOINT = flags.DEFINE_enum(
+  "checkpoint", "last", ("last", "best"), "--mode=evaluate|sample: the student's checkpoint."
+)
 _LABELS = flags.DEFINE_string("labels", "", "--mode=sample: class ids, as in 3,1,4.")
 _SEED = flags.DEFINE_integer("seed", 0, "--mode=sample: seed of the pictures.")
 _OUT = flags.DEFINE_string("out", "", "--mode=sample: PNG file; default WORKDIR/samples.png.")
@@ -20,6 +25,8 @@ _OUT = flags.DEFINE_string("out", "", "--mode=sample: PNG file; default WORKDIR/
 def _dispatch() -> None:
   if not _WORKDIR.value:
     raise UserError("--workdir is missing; name a folder, such as --workdir=runs/digits")
+  if _MODE.value == "train" and _CHECKPOINT.value != "last":
+    raise UserError("--checkpoint=best is for --mode=evaluate and --mode=sample")
   # Imported here, so that a mistyped flag is answered before JAX starts.
   from dimo_jax import build, evaluate, sample, train
   from dimo_jax.preemption import STOP
@@ -27,13 +34,18 @@ def _dispatch() -> None:
   logging.set_verbosity(logging.FATAL)  # orbax logs every step, and errors before it raises them
   experiment, workdir = build.build(cli.CONFIG.value), Path(_WORKDIR.value)
   STOP.install()
+  best = _CHECKPOINT.value == "best"
   if _MODE.value == "train":
     _check_writable(workdir)
-    train.train(experiment, workdir)
-  if _MODE.value in ("train", "evaluate"):
-    evaluate.evaluate_workdir(experiment, workdir)
-  if _MODE.value == "sample":
-    sample.sample_workdir(experiment, workdir, _LABELS.value, _SEED.value, _OUT.value)
+    with _lock(workdir):
+      train.train(experiment, workdir)
+      evaluate.evaluate_workdir(experiment, workdir)
+  elif _MODE.value == "evaluate":
+    train.check_trained(workdir)
+    _check_writable(workdir)
+    evaluate.evaluate_workdir(experiment, workdir, best=best)
+  else:
+    sample.sample_workdir(experiment, workdir, _LABELS.value, _SEED.value, _OUT.value, best=best)
 
 
 def _check_writable(workdir: Path) -> None:
@@ -43,6 +55,17 @@ def _check_writable(workdir: Path) -> None:
       stream.write(b"0" * 2**20)  # a full disk shows before any compute is spent
   except OSError as error:
     raise UserError(f"--workdir={str(workdir)!r} cannot be written: {error.strerror}") from error
+
+
+def _lock(workdir: Path) -> IO[str]:
+  """The open lock file; the lock goes with the process, however it ends."""
+  stream = open(workdir / "lock", "a")  # noqa: SIM115 (closed by the caller)
+  try:
+    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    stream.close()
+    raise UserError(f"--workdir={str(workdir)!r}: another process is training there") from error
+  return stream
 
 
 def main() -> None:

@@ -52,11 +52,16 @@ class OptimizerSpec:
       )
     if not 0 < self.learning_rate < 1:
       raise UserError(f"{field}.learning_rate={self.learning_rate} must lie in (0, 1)")
-    for name in ("b1", "b2", "final_fraction"):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UserError(f"{field}.{name}={getattr(self, name)} must lie in [0, 1]")
-    if self.clip_norm < 0:
-      raise UserError(f"{field}.clip_norm={self.clip_norm} must not be negative; 0 is off")
+    for name in ("b1", "b2"):
+      if not 0 <= getattr(self, name) < 1:
+        raise UserError(f"{field}.{name}={getattr(self, name)} must lie in [0, 1)")
+    if not 0 <= self.final_fraction <= 1:
+      raise UserError(f"{field}.final_fraction={self.final_fraction} must lie in [0, 1]")
+    for name in ("clip_norm", "weight_decay", "num_warmup"):
+      if getattr(self, name) < 0:
+        raise UserError(f"{field}.{name}={getattr(self, name)} must not be negative; 0 is off")
+    if self.eps <= 0:
+      raise UserError(f"{field}.eps={self.eps} must be positive")
     if self.schedule == "cosine" and self.num_warmup >= num_updates:
       raise UserError(
         f"{field}.num_warmup={self.num_warmup} must be below the {num_updates} updates of the run"

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: finish the step, save, and leave with a code that says "resume me"."""
 
+import os
 import signal
 from types import FrameType
 
@@ -11,7 +12,7 @@ class Preempted(Exception):
 
 
 class StopRequest:
-  """Remembers the first SIGTERM or SIGINT; the second acts as usual."""
+  """Remembers the first SIGTERM or SIGINT; a second Ctrl-C stops at once."""
 
   def __init__(self) -> None:
     self.signal: int | None = None
@@ -24,9 +25,10 @@ class StopRequest:
   def _on_signal(self, number: int, frame: FrameType | None) -> None:
     del frame
     self.signal = number
-    print(f"{signal.Signals(number).name}: stopping after this step", flush=True)
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, signal.SIG_DFL)
+    # Not print: the signal may have come in the middle of one.
+    os.write(1, f"{signal.Signals(number).name}: stopping after this step\n".encode())
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers repeat it while the state is saved
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
   def raise_if_set(self) -> None:
     """Raises Preempted once a signal has come."""

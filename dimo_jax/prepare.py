@@ -125,7 +125,7 @@ def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | N
       f"teacher.path={str(path)!r} does not fit model, tokenizer and data of the config:"
       f" {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}"
     )
-  return jax.tree.map(jnp.asarray, network), tokenizer
+  return jax.tree.map(lambda x: np.asarray(x, np.float32), network), tokenizer
 
 
 def check_workdir(experiment: Experiment, workdir: Path) -> None:
@@ -175,7 +175,7 @@ def teacher_fields(experiment: Experiment) -> dict:
 
 
 def distill_fields(experiment: Experiment, teacher: Params | None = None) -> dict:
-  """What a distillation depends on, by flat name, a teacher by its hash; steps may be added."""
+  """What a distillation depends on, by flat name, a teacher by its hash."""
   fields = flat_fields(
     experiment.config,
     "data",
@@ -188,7 +188,9 @@ def distill_fields(experiment: Experiment, teacher: Params | None = None) -> dic
     "optim",
     "train",
   )
-  fields.pop("train.num_steps")
+  optimizers = experiment.generator_optimizer, experiment.fake_score_optimizer
+  if all(spec.schedule == "constant" for spec in optimizers):
+    fields.pop("train.num_steps")  # no schedule depends on it
   return fields if teacher is None else fields | {"teacher.sha256": params_hash(teacher)}
 
 

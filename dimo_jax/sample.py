@@ -34,7 +34,13 @@ def parse_labels(text: str, num_classes: int) -> np.ndarray:
 
 
 def sample_workdir(
-  experiment: Experiment, workdir: Path, labels_text: str, seed: int, out_text: str
+  experiment: Experiment,
+  workdir: Path,
+  labels_text: str,
+  seed: int,
+  out_text: str,
+  *,
+  best: bool = False,
 ) -> None:
   """Writes a PNG grid of the student in `workdir`, one picture per label.
 
@@ -51,7 +57,7 @@ def sample_workdir(
     raise UserError(f"--seed={seed} must lie in 0 .. {NUM_SEEDS - 1}")
   if out.suffix.lower() != ".png":
     raise UserError(f"--out={str(out)!r} must end in .png")
-  teacher, state = train.restore(experiment, workdir)
+  teacher, state = train.restore(experiment, workdir, best=best)
   began = time.perf_counter()
   samples = generate(
     experiment.student_sampler.at(int(state.clock)),

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dimo_jax.types import UserError
+from dimo_jax.types import UserError, check_pattern
 
 # (regex on the parameter's path, dimension to split, or None to replicate); the first match wins.
 Rules = Sequence[tuple[str, int | None]]
@@ -80,10 +79,12 @@ def _parameter_spec(path: str, shape: tuple[int, ...], fsdp: int, rules: Rules) 
 def state_sharding(state: Any, mesh: Mesh, rules: Rules = ()) -> Any:
   """Shardings for a tree of parameters, moments and counters (arrays or shapes)."""
   fsdp = mesh.shape["fsdp"]
+  for pattern, _ in rules:
+    check_pattern(pattern, "mesh.rules")
 
   def leaf(path, value):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return NamedSharding(mesh, _parameter_spec(name, np.shape(value), fsdp, rules))
+    return NamedSharding(mesh, _parameter_spec(name, getattr(value, "shape", ()), fsdp, rules))
 
   return jax.tree_util.tree_map_with_path(leaf, state)
 

@@ -10,7 +10,7 @@ import optax
 from flax import struct, traverse_util
 from flax.training import train_state
 
-from dimo_jax.types import Array, Condition, Int, Params, UserError
+from dimo_jax.types import Array, Condition, Int, Params, UserError, check_pattern
 
 
 def split(params: Params, frozen: Sequence[str]) -> tuple[Params, Params]:
@@ -21,6 +21,7 @@ def split(params: Params, frozen: Sequence[str]) -> tuple[Params, Params]:
   """
   flat = traverse_util.flatten_dict(params, sep="/")
   for pattern in frozen:
+    check_pattern(pattern, "optim.frozen")
     if not any(re.search(pattern, path) for path in flat):
       raise UserError(
         f"optim.frozen={pattern!r} matches no parameter; paths look like {next(iter(flat))}"

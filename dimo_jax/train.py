@@ -6,26 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from clu import parameter_overview
 
 from dimo_jax import prepare
 from dimo_jax.build import Experiment
 from dimo_jax.checkpoint import BEST_METRIC, Checkpoints, check_record
-from dimo_jax.data.pipeline import condition_batches, image_batches
+from dimo_jax.data.pipeline import image_batches
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.health import Health
 from dimo_jax.hooks import draw_pictures, evaluate_sampler, sampling_network
 from dimo_jax.preemption import STOP
-from dimo_jax.sharding import jit_step, replicated, shard_batch, state_sharding
+from dimo_jax.sharding import jit_step, replicated, shard_batch
+from dimo_jax.start import (
+  base_key,
+  distill_batches,
+  initial_state,
+  jit_distill_step,
+  place,
+  teacher_state,
+)
 from dimo_jax.state import DistillState, NetworkState, PretrainState, copy_tree
-from dimo_jax.step import distill_step, pretrain_step
+from dimo_jax.step import pretrain_step
 from dimo_jax.types import Metrics, Params, UserError
 from dimo_jax.writers import Writer, say
 
 Hook = Callable[[Any, Writer], dict[str, float]]  # (state, writer) -> metrics
-
-_DATA_STREAM = 7919  # keeps the order of the data apart from a stage's other use of the seed
 
 
 class Loop:
@@ -46,7 +51,7 @@ class Loop:
   def run(
     self,
     step_fn: Callable[..., tuple[Any, Metrics]],
-    state: Any,
+    make_state: Callable[[], Any],
     constants: Any,
     batches: Callable[[int], Iterator[Any]],
     base_key: jax.Array,
@@ -56,11 +61,17 @@ class Loop:
 
     Args:
       step_fn: jitted `(state, constants, batch, base_key) -> (state, metrics)`.
+      make_state: the state of step 0; called only where no checkpoint can be restored.
       batches: from the number of steps done to the batches that follow.
       hooks: (period, `(state, writer) -> metrics`); also run after the last step; period 0 is off.
     """
-    restored = self._checkpoints.restore(state, self._mesh, self._rules)
-    state, start = restored or (state, 0)
+    restored = self._checkpoints.restore(jax.eval_shape(make_state), self._mesh, self._rules)
+    if restored and restored[1] > self._num_steps:
+      raise UserError(
+        f"the {self._name} in {self._directory} has done {restored[1]} steps, more than the"
+        f" {self._num_steps} that the config asks for"
+      )
+    state, start = restored or (place(make_state(), self._mesh, self._rules), 0)
     if start:
       say(f"{self._name}: goes on from step {start}")
     writer = Writer(self._directory, self._name, start, self._num_steps)
@@ -104,11 +115,6 @@ class Loop:
     self._health.check(step, values, str(self._directory))
 
 
-def place(experiment: Experiment, state: Any) -> Any:
-  """Puts a state on the mesh by the config's rules."""
-  return jax.device_put(state, state_sharding(state, experiment.mesh, experiment.config.mesh.rules))
-
-
 def train_teacher(
   experiment: Experiment, workdir: Path, tokenizer_params: Params
 ) -> tuple[Params, Params]:
@@ -131,18 +137,22 @@ def train_teacher(
 
 def _pretrain(experiment: Experiment, directory: Path, tokenizer_params: Params) -> PretrainState:
   pretrain = experiment.config.teacher.pretrain
+  mesh, rules = experiment.mesh, experiment.config.mesh.rules
   tx = experiment.pretrain_optimizer.build(pretrain.num_steps)
-  network = experiment.teacher.trained_state(prepare.random_teacher(experiment), tx)
-  state = place(experiment, PretrainState(network, copy_tree(network.params)))
-  constants = place(experiment, tokenizer_params)
+
+  def make_state() -> PretrainState:
+    network = experiment.teacher.trained_state(prepare.random_teacher(experiment), tx)
+    return PretrainState(network, copy_tree(network.params))
+
+  constants = place(tokenizer_params, mesh, rules)
   step_fn = jit_step(
     functools.partial(
       pretrain_step, experiment.pretraining, experiment.tokenizer, pretrain.ema_decay
     ),
-    experiment.mesh,
-    state,
+    mesh,
+    jax.eval_shape(make_state),
     constants,
-    experiment.config.mesh.rules,
+    rules,
   )
 
   def batches(start: int) -> Iterator[Any]:
@@ -157,75 +167,7 @@ def _pretrain(experiment: Experiment, directory: Path, tokenizer_params: Params)
 
   key = jax.random.fold_in(jax.random.key(experiment.config.seed), 2)
   loop = Loop(experiment, directory, "teacher", pretrain.num_steps)
-  return loop.run(
-    step_fn, state, constants, batches, jax.device_put(key, replicated(experiment.mesh))
-  )
-
-
-def initial_state(experiment: Experiment, teacher_params: Params) -> DistillState:
-  """Generator, fake score and average as copies of the teacher, on the mesh."""
-  config = experiment.config
-  frozen = tuple(config.optim.frozen)
-  generator, fake_score = (
-    experiment.teacher.trained_state(teacher_params, spec.build(experiment.num_updates), frozen)
-    for spec in (experiment.generator_optimizer, experiment.fake_score_optimizer)
-  )
-  state = DistillState(
-    generator=generator,
-    fake_score=fake_score,
-    ema=copy_tree(generator.params),
-    clock=jnp.zeros((), jnp.int32),
-    extra=(),
-  )
-  return place(experiment, state)
-
-
-def teacher_state(
-  experiment: Experiment, teacher_params: Params, tokenizer_params: Params
-) -> NetworkState:
-  """The frozen teacher in its storage precision, on the mesh."""
-  dtype = jnp.dtype(experiment.config.precision.teacher_dtype)
-  network = jax.tree.map(lambda x: jnp.asarray(x, dtype), teacher_params)
-  return place(experiment, experiment.teacher.frozen_state(network, tokenizer_params))
-
-
-def jit_distill_step(
-  experiment: Experiment, state: DistillState, teacher: NetworkState
-) -> jax.stages.Wrapped:
-  """The jitted iteration `(state, teacher, batch, base_key) -> (state, metrics)`."""
-  train = experiment.config.train
-  return jit_step(
-    functools.partial(distill_step, experiment.objective, train.ema_decay, train.ema_every_steps),
-    experiment.mesh,
-    state,
-    teacher,
-    experiment.config.mesh.rules,
-  )
-
-
-def distill_batches(experiment: Experiment, start: int, num_steps: int) -> Iterator[Any]:
-  """Conditions of iterations start .. start + num_steps - 1, on the mesh."""
-  config, rounds = experiment.config, experiment.objective.fake_rounds
-  stream = condition_batches(
-    config.data.num_classes,
-    shape=(1 + rounds, config.train.accumulation, config.train.batch_size),
-    seed=config.seed + _DATA_STREAM,
-    start_step=start,
-    num_steps=num_steps,
-  )
-  for batch in stream:
-    generator = {name: values[0] for name, values in batch.items()}
-    fake_score = {name: values[1:] for name, values in batch.items()}
-    yield {
-      "generator": shard_batch(generator, experiment.mesh, batch_axis=1),
-      "fake_score": shard_batch(fake_score, experiment.mesh, batch_axis=2),
-    }
-
-
-def base_key(experiment: Experiment) -> jax.Array:
-  """The key of every draw of the distillation."""
-  key = jax.random.fold_in(jax.random.key(experiment.config.seed), 3)
-  return jax.device_put(key, replicated(experiment.mesh))
+  return loop.run(step_fn, make_state, constants, batches, jax.device_put(key, replicated(mesh)))
 
 
 def distill(
@@ -239,7 +181,7 @@ def distill(
   config, directory = experiment.config, workdir / "distill"
   directory.mkdir(parents=True, exist_ok=True)
   check_record(directory, prepare.distill_fields(experiment, teacher_params))
-  state = initial_state(experiment, teacher_params)
+  make_state = initial_state(experiment, teacher_params)
   teacher = teacher_state(experiment, teacher_params, tokenizer_params)
   say(parameter_overview.get_parameter_overview(teacher.params, include_stats=False, max_lines=60))
 
@@ -261,8 +203,8 @@ def distill(
     hooks.append((config.log.pictures_every_steps, draw))
   loop = Loop(experiment, directory, "distill", config.train.num_steps)
   return loop.run(
-    jit_distill_step(experiment, state, teacher),
-    state,
+    jit_distill_step(experiment, jax.eval_shape(make_state), teacher),
+    make_state,
     teacher,
     lambda start: distill_batches(experiment, start, config.train.num_steps - start),
     base_key(experiment),
@@ -279,22 +221,34 @@ def train(experiment: Experiment, workdir: Path) -> None:
   distill(experiment, workdir, teacher_params, tokenizer_params, reference)
 
 
-def restore(experiment: Experiment, workdir: Path) -> tuple[NetworkState, DistillState]:
-  """(teacher, distillation) of a trained workdir, from its newest readable checkpoint.
+def check_trained(workdir: Path) -> None:
+  """Raises UserError where no distillation was begun."""
+  if not (workdir / "distill" / "checkpoints").is_dir():
+    raise UserError(f"--workdir={str(workdir)!r} holds no training; run --mode=train there first")
+
+
+def restore(
+  experiment: Experiment, workdir: Path, *, best: bool = False
+) -> tuple[NetworkState, DistillState]:
+  """(teacher, distillation) of a trained workdir, which is only read.
+
+  The distillation is that of the newest readable checkpoint, or of the best evaluated one.
 
   Raises:
-    UserError: nothing was trained there.
+    UserError: nothing was trained there, or nothing evaluated.
   """
+  check_trained(workdir)
   directory = workdir / "distill"
-  if not (directory / "checkpoints").is_dir():
-    raise UserError(f"--workdir={str(workdir)!r} holds no training; run --mode=train there first")
   prepare.check_workdir(experiment, workdir)
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   teacher_params, tokenizer_params = train_teacher(experiment, workdir, tokenizer_params)
   check_record(directory, prepare.distill_fields(experiment, teacher_params))
-  state = initial_state(experiment, teacher_params)
-  checkpoints = Checkpoints(directory / "checkpoints", experiment.config.log.keep_checkpoints)
-  restored = checkpoints.restore(state, experiment.mesh, experiment.config.mesh.rules)
+  state = jax.eval_shape(initial_state(experiment, teacher_params))
+  checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
+  step = checkpoints.best_step() if best else None
+  if best and step is None:
+    raise UserError(f"--workdir={str(workdir)!r} holds no evaluated checkpoint; use the last one")
+  restored = checkpoints.restore(state, experiment.mesh, experiment.config.mesh.rules, step)
   checkpoints.close()
   if restored is None:
     raise UserError(f"--workdir={str(workdir)!r} holds no checkpoint; run --mode=train there first")

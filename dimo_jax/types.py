@@ -1,6 +1,7 @@
 """Names shared by every module: array annotations, trees, and the one error users see."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ __all__ = [
   "Params",
   "UInt8",
   "UserError",
+  "check_pattern",
   "choose",
   "suggest",
 ]
@@ -54,3 +56,11 @@ def suggest(name: str, known: Iterable[str]) -> str:
   known = sorted(known)
   near = difflib.get_close_matches(str(name), known, n=1)
   return (f"; did you mean {near[0]!r}?" if near else ";") + f" known: {', '.join(known)}"
+
+
+def check_pattern(pattern: str, field: str) -> None:
+  """Raises UserError where a config field holds what is no regular expression."""
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise UserError(f"{field}={pattern!r} is no regular expression: {error}") from error

@@ -9,7 +9,12 @@ from configs import base
 from dimo_jax.health import Health, RunStopped, disk_is_full
 
 LIMITS = base.get_config().health.to_dict()
-GOOD = {"generator/entropy": 2.0, "distill/disagreement": 0.3, "generator/contrast": 0.5}
+GOOD = {
+  "generator/entropy": 2.0,
+  "distill/disagreement": 0.3,
+  "generator/contrast": 0.5,
+  "generator/brightness": -0.4,
+}
 
 
 def health(**options):
@@ -27,7 +32,6 @@ def test_a_value_that_is_not_finite_stops_at_once(value):
   [
     ("generator/entropy", 1e-4, "health.min_entropy"),
     ("distill/disagreement", 0.999, "health.max_disagreement"),
-    ("generator/contrast", 0.001, "health.min_contrast"),
   ],
 )
 def test_a_sign_must_persist(name, value, limit):
@@ -43,15 +47,28 @@ def test_a_sign_must_persist(name, value, limit):
 
 def test_readings_without_the_metric_neither_strike_nor_forgive():
   watch = health(patience=2)
-  watch.check(1, {"generator/contrast": 0.0}, "here")
-  watch.check(2, {"generator/entropy": 2.0}, "here")
-  with pytest.raises(RunStopped, match="generator/contrast"):
-    watch.check(3, {"generator/contrast": 0.0}, "here")
+  watch.check(1, {"generator/entropy": 0.0}, "here")
+  watch.check(2, {"generator/contrast": 0.5}, "here")
+  with pytest.raises(RunStopped, match="generator/entropy"):
+    watch.check(3, {"generator/entropy": 0.0}, "here")
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "limit"),
+  [
+    ("generator/contrast", 0.001, "health.min_contrast"),
+    ("generator/brightness", -0.99, "health.max_brightness"),
+    ("generator/brightness", 0.99, "health.max_brightness"),
+  ],
+)
+def test_one_bad_picture_is_enough(name, value, limit):
+  with pytest.raises(RunStopped, match=f"{name}={value:.4g} .*{limit}=.*Look at"):
+    health().check(1, GOOD | {name: value}, "here")
 
 
 @pytest.mark.parametrize(
   ("option", "value"),
-  [("min_entropy", 3.0), ("max_disagreement", 0.1), ("min_contrast", 0.9)],
+  [("min_entropy", 3.0), ("max_disagreement", 0.1), ("min_contrast", 0.9), ("max_brightness", 0.3)],
 )
 def test_every_limit_is_read(option, value):
   health(patience=1).check(1, GOOD, "here")

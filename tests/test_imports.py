@@ -25,13 +25,13 @@ data
 samplers
 objectives
 step
-evaluation
 writers preemption health
+evaluation
 cli
 checkpoint
 build
 prepare
-hooks
+hooks start
 train
 sample evaluate benchmark
 main

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from absl import flags, logging
@@ -14,7 +15,8 @@ from absl.testing import flagsaver
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from dimo_jax import cli, main, train
+from configs import debug
+from dimo_jax import build, cli, main, prepare, train
 from dimo_jax.health import RunStopped
 from tests import commands
 
@@ -78,7 +80,15 @@ def refused(command, tmp_path):
     ("stray", ["'stray'", "--"]),
     ("--mode=fly", ["--mode=fly", "train|evaluate|sample"]),
     ("--config.dimo.r_init=1.7", ["r_init=1.7", "[0, 1]"]),
-    ("--config.dimo.r_init_high=0.2", ["r_init_high=0.2", "r_init=0.6"]),
+    ("--config.dimo.r_init_high=0.2", ["dimo.r_init_high=0.2", "r_init=0.6"]),
+    ("--config.sampling.top_k=-1", ["sampling.top_k=-1", "0 .. 33"]),
+    ("--config.dimo.generator_temperature=0.0", ["dimo.generator_temperature=0.0", "positive"]),
+    ("--config.optim.frozen=('nope',)", ["optim.frozen='nope'", "matches no parameter"]),
+    ("--config.optim.frozen=('(',)", ["optim.frozen='('", "regular expression"]),
+    ("--config.mesh.rules=(('(',0),)", ["mesh.rules='('", "regular expression"]),
+    ("--config.optim.generator.b1=1.0", ["optim.generator.b1=1.0", "[0, 1)"]),
+    ("--config.optim.generator.eps=0.0", ["optim.generator.eps=0.0", "positive"]),
+    ("--config.optim.generator.num_warmup=-1", ["optim.generator.num_warmup=-1", "negative"]),
     ("--config.dimo.divergence=jefreys", ["dimo.divergence='jefreys'", "'jeffreys'", "reverse_kl"]),
     ("--config.dimo.mask_schedule=arcos", ["dimo.mask_schedule='arcos'", "'arccos'"]),
     ("--config.dimo.fake_mask_schedule=x", ["dimo.fake_mask_schedule='x'", "arccos, cosine"]),
@@ -232,6 +242,95 @@ def test_another_teacher_is_not_put_under_a_distillation(command, reference, tmp
   code, _, err = command(*commands.TINY, f"--workdir={workdir}", f"--config.teacher.path={teacher}")
   assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
   assert "teacher.sha256" in err and " -> " in err
+
+
+def test_a_cosine_cannot_be_stretched(command, reference, tmp_path):
+  """Its length is the run's: another one would make the learning rate jump."""
+  workdir = commands.copy_run(reference, tmp_path / "run")
+  record = workdir / "distill" / "record.json"
+  fields = json.loads(record.read_text())
+  fields |= {"optim.generator.schedule": "cosine", "train.num_steps": commands.NUM_STEPS}
+  record.write_text(json.dumps(fields))
+  arguments = [*commands.TINY, f"--workdir={workdir}", "--config.optim.generator.schedule=cosine"]
+  code, _, err = command(*arguments, "--config.train.num_steps=40")
+  assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+  assert "train.num_steps 20 -> 40" in err
+
+
+def test_fewer_steps_than_were_done_are_refused(command, reference, tmp_path):
+  workdir = commands.copy_run(reference, tmp_path / "run")
+  code, _, err = command(*commands.TINY, f"--workdir={workdir}", "--config.train.num_steps=10")
+  assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+  assert "has done 20 steps, more than the 10" in err
+
+
+def test_two_trainings_in_one_workdir_are_refused(command, reference, tmp_path):
+  workdir = commands.copy_run(reference, tmp_path / "run")
+  with main._lock(workdir):
+    code, _, err = command(*commands.TINY, f"--workdir={workdir}")
+  assert (code, err.count("\n")) == (cli.BAD_INPUT, 1)
+  assert "another process is training there" in err
+
+
+def test_only_training_touches_checkpoints(command, reference, tmp_path):
+  """Sampling passes over a damaged checkpoint, and leaves it and unfinished ones alone."""
+  workdir = commands.copy_run(reference, tmp_path / "run")
+  folder = workdir / "distill" / "checkpoints"
+  newest = commands.checkpoint_steps(workdir / "distill")[-1]
+  for path in (folder / str(newest)).rglob("*"):
+    if path.is_file() and "ocdbt" in str(path):
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  unfinished = folder / "99.orbax-checkpoint-tmp"
+  unfinished.mkdir()
+  arguments = [*commands.TINY, f"--workdir={workdir}", "--mode=sample", f"--out={tmp_path}/a.png"]
+  code, out, err = command(*arguments)
+  assert code == 0, err
+  assert f"{folder / str(newest)} is damaged and skipped" in out
+  assert unfinished.exists() and (folder / str(newest)).exists()
+  assert not (folder / "damaged").exists()
+
+
+def test_nothing_begins_anew_where_every_checkpoint_is_damaged(command, reference, tmp_path):
+  workdir = commands.copy_run(reference, tmp_path / "run")
+  folder = workdir / "distill" / "checkpoints"
+  for path in folder.rglob("*"):
+    if path.is_file() and "ocdbt" in str(path):
+      path.write_bytes(b"")
+  before = (workdir / "distill" / "metrics.jsonl").read_bytes()
+  code, _, err = command(*commands.TINY, f"--workdir={workdir}")
+  assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
+  assert "none of the checkpoints" in err and "to begin anew move" in err
+  assert (workdir / "distill" / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_best_checkpoint_can_be_asked_for(command, reference, tmp_path):
+  evaluated = {
+    row["step"]: row["evaluation/frechet_distance"]
+    for row in commands.rows(reference / "distill")
+    if "evaluation/frechet_distance" in row
+  }
+  assert len(evaluated) == 2  # steps 10 and 20; the best is kept whichever it is
+  assert min(evaluated, key=evaluated.get) in commands.checkpoint_steps(reference / "distill")
+  workdir = commands.copy_run(reference, tmp_path / "run")
+  pixels = {}
+  for name in ("best", "last"):
+    out = tmp_path / f"{name}.png"
+    arguments = ["--mode=sample", f"--checkpoint={name}", f"--out={out}"]
+    assert command(*commands.TINY, f"--workdir={workdir}", *arguments)[0] == 0
+    pixels[name] = out.read_bytes()
+  is_last = min(evaluated, key=evaluated.get) == max(evaluated)
+  assert (pixels["best"] == pixels["last"]) is is_last
+  code, _, err = command(CONFIG, f"--workdir={workdir}", "--checkpoint=best")
+  assert code == cli.BAD_INPUT and "--checkpoint=best is for" in err
+
+
+def test_half_precision_teachers_become_float32(reference, tmp_path):
+  arrays = load_file(reference / "teacher" / "teacher.safetensors")
+  half = {name: array.astype(np.float16) for name, array in arrays.items()}
+  path = tmp_path / "teacher.safetensors"
+  save_file(half, path, {"dimo_jax": json.dumps({"teacher": {}})})
+  network, _ = prepare.load_teacher(build.build(debug.get_config()), path)
+  assert {leaf.dtype for leaf in jax.tree.leaves(network)} == {np.dtype(np.float32)}
 
 
 def test_samples_follow_labels_and_seed(command, reference, tmp_path):

@@ -46,7 +46,7 @@ def generate(
   sampler: Sampler,
   tokenizer: Any,
   network: NetworkState,
-  labels: Int[np.ndarray, "n"],
+  labels: Int[np.ndarray, " n"],
   *,
   seed: int,
   batch_size: int,

@@ -37,7 +37,7 @@ class FeatureStatistics:
     num: how many images; the distance is biased upwards by about 1 / num.
   """
 
-  mean: Float[np.ndarray, "d"]
+  mean: Float[np.ndarray, " d"]
   covariance: Float[np.ndarray, "d d"]
   num: int
 
@@ -130,7 +130,7 @@ def precision_recall(
   )
 
 
-def _radii(features: Float[np.ndarray, "n d"], k: int) -> Float[np.ndarray, "n"]:
+def _radii(features: Float[np.ndarray, "n d"], k: int) -> Float[np.ndarray, " n"]:
   """Distance of every row to its k-th nearest other row (index 0 is the row itself)."""
   blocks = _distance_blocks(features, features)
   return np.concatenate([np.partition(distances, k, axis=1)[:, k] for _, distances in blocks])
@@ -150,7 +150,7 @@ def _distance_blocks(
 
 def nearest_distances(
   samples: Float[np.ndarray, "n ..."], references: Float[np.ndarray, "m ..."]
-) -> Float[np.ndarray, "n"]:
+) -> Float[np.ndarray, " n"]:
   """Euclidean distance from each sample to its nearest reference, in the units of the pixels.
 
   0 is an exact copy: a generator that memorises has many of them.
@@ -161,7 +161,7 @@ def nearest_distances(
   return np.concatenate([distances.min(axis=1) for _, distances in blocks])
 
 
-def class_agreement(logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, "n"]) -> float:
+def class_agreement(logits: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]) -> float:
   """Fraction of images that the classifier puts into the class they were asked for."""
   return float((np.argmax(logits, axis=-1) == labels).mean())
 

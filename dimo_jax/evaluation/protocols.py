@@ -37,7 +37,7 @@ class Protocol:
   feature_network: str
   classifier_steps: int
 
-  def labels(self, reference_labels: Int[np.ndarray, "m"]) -> Int[np.ndarray, "n"]:
+  def labels(self, reference_labels: Int[np.ndarray, " m"]) -> Int[np.ndarray, " n"]:
     """The classes to generate: the reference split's labels in order, repeated if too few.
 
     With num_images equal to the size of the split the class counts are the same.
@@ -153,7 +153,7 @@ def _check(
   images: np.ndarray | Array,
   labels: np.ndarray | Array,
   what: str,
-) -> tuple[Float[np.ndarray, "n h w c"], Int[np.ndarray, "n"]]:
+) -> tuple[Float[np.ndarray, "n h w c"], Int[np.ndarray, " n"]]:
   """Images rounded as the protocol says, and labels; UserError if they cannot be evaluated."""
   images, labels = np.asarray(images), np.asarray(labels)
   if images.ndim != 4 or images.shape[1:] != tuple(classifier.image_shape):

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from dimo_jax.types import UserError
+from dimo_jax.writers import write_atomically
 
 __all__ = ["console_table", "versions", "write_report"]
 
@@ -51,7 +52,7 @@ COLUMNS = (
   ("nearest_distance", "nearest", ".2f", "median pixel distance to the nearest training image"),
   ("images_per_second", "img/s", ",.1f", "images per second, compilation excluded"),
   ("num_images", "images", "d", "images behind the row; FD falls as they grow"),
-  ("seed", "seed", "d", "sampling seed"),
+  ("seed", "seed", "d", "training seed"),
 )
 MODELS = ("real", "teacher", "student")  # order of rows and series
 
@@ -148,7 +149,7 @@ def write_report(
   )
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(html, encoding="utf-8")
+  write_atomically(path, html)
 
 
 def _sort(results: Iterable[Row]) -> list[Row]:

@@ -107,7 +107,7 @@ class MaskTransformer(nn.Module):
   def __call__(
     self,
     tokens: Int[Array, "b l"],
-    class_id: Int[Array, "b"],
+    class_id: Int[Array, " b"],
     *,
     noise: Float[Array, "b l d"] | Key | None = None,
     sigma: Float[Array, ""] | float = 0.0,

@@ -42,9 +42,9 @@ def soft_cross_entropy(
 class PretrainDraws(struct.PyTreeNode):
   """Every random number of one pre-training update."""
 
-  mask_u: Float[Array, "b"]  # uniform on [0, 1): decides the mask ratio
+  mask_u: Float[Array, " b"]  # uniform on [0, 1): decides the mask ratio
   mask_order: Float[Array, "b l"]  # uniform on [0, 1): decides the positions
-  drop_u: Float[Array, "b"]  # uniform on [0, 1): decides who loses the condition
+  drop_u: Float[Array, " b"]  # uniform on [0, 1): decides who loses the condition
   dropout_key: Key
 
 

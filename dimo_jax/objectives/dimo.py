@@ -97,19 +97,21 @@ class Dimo:
       if not ok:
         raise UserError(f"dimo.{name}={getattr(self, name)!r} must {wanted}")
 
-    _ = self.one_step  # checks what concerns the generator's input and output
     divergence_fn(self.divergence, self.jeffreys_beta)
     for name in ("mask_schedule", "fake_mask_schedule"):
       choose(masking.MASK_SCHEDULES, getattr(self, name), f"dimo.{name}")
     require(self.weighting in ("none", "teacher_gap"), "weighting", "be 'none' or 'teacher_gap'")
     require(self.reduction in ("sum", "mean"), "reduction", "be 'sum' or 'mean'")
-    for name in ("teacher_temperature", "fake_temperature", "soft_temperature"):
+    for name in (
+      "generator_temperature", "teacher_temperature", "fake_temperature", "soft_temperature"
+    ):  # fmt: skip
       require(getattr(self, name) > 0, name, "be positive")
     for name in ("label_smoothing", "fake_condition_drop", "soft_target_weight"):
       require(0 <= getattr(self, name) <= 1, name, "lie in [0, 1]")
     for name in ("teacher_guidance", "fake_guidance", "fake_train_guidance", "matching_weight"):
       require(getattr(self, name) >= 0, name, "not be negative")
     require(self.fake_rounds >= 1, "fake_rounds", "be 1 or more")
+    _ = self.one_step  # checks what concerns the generator's input and output
 
   @property
   def one_step(self) -> OneStep:
@@ -131,7 +133,7 @@ class Dimo:
 
   def sampler(self, **options: Any) -> OneStep:
     """One step as in training, but for the filters of `config.sampling`."""
-    return dataclasses.replace(self.one_step, **options)
+    return dataclasses.replace(self.one_step, section="sampling", **options)
 
   def target(self, decoding: MaskGit) -> MaskGit:
     """What Di[M]O really distils: random order, one token a step, guidance and temperature as in
@@ -140,6 +142,7 @@ class Dimo:
     return dataclasses.replace(
       decoding,
       num_steps=self.num_tokens,
+      schedule="uniform",
       order="random",
       temperature=self.teacher_temperature,
       top_k=0,
@@ -281,7 +284,7 @@ class Dimo:
 
   def _mask(
     self, tokens: Int[Array, "b l"], draws: DimoDraws, schedule: str
-  ) -> tuple[Int[Array, "b l"], Bool[Array, "b l"], Float[Array, "b"]]:
+  ) -> tuple[Int[Array, "b l"], Bool[Array, "b l"], Float[Array, " b"]]:
     ratio = masking.mask_ratio(draws.mask_u, schedule)
     mask = masking.exact_mask(draws.mask_order, masking.num_masked(ratio, self.num_tokens))
     return masking.corrupt(tokens, mask, self.mask_token_id), mask, ratio
@@ -291,7 +294,7 @@ class Dimo:
     network: NetworkState,
     tokens: Int[Array, "b l"],
     condition: Condition,
-    scale: float | Float[Array, "b"],
+    scale: float | Float[Array, " b"],
     dropout: dict[str, Key],
   ) -> Float[Array, "b l v"]:
     return guided(

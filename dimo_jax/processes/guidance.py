@@ -16,7 +16,7 @@ def guided(
   inputs: Array,
   condition: Condition,
   null_condition: Condition,
-  scale: float | Float[Array, ""] | Float[Array, "b"],
+  scale: float | Float[Array, ""] | Float[Array, " b"],
 ) -> Array:
   """`u + scale (c - u)` in float32, by one forward pass over the doubled batch.
 

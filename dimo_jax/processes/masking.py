@@ -65,6 +65,8 @@ def decoding_schedule(num_steps: int, num_tokens: int, schedule: str) -> np.ndar
   rest) asks for a zero or negative last entry when many steps meet a small grid, and divides zero
   by zero for one step. Here a step never reveals more than what is left, and one step reveals all.
   """
+  if schedule == "uniform":
+    return np.diff(np.arange(num_steps + 1) * num_tokens // max(num_steps, 1))
   shapes = {
     "root": lambda r: 1 - np.sqrt(r),
     "linear": lambda r: 1 - r,

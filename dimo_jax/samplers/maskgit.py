@@ -37,7 +37,7 @@ class MaskGit:
 
   Attributes:
     grid: (height, width) in tokens.
-    num_steps: network calls (fewer where the grid is full earlier).
+    num_steps: network calls; once the grid is full they change nothing.
     order: which tokens are kept at each step: "confidence" (log-probability plus Gumbel noise that
       fades over the steps), "random", "warm_up" (two random steps, then plain confidence), "greedy"
       (plain confidence), "halton" (a fixed low-discrepancy order).
@@ -77,7 +77,7 @@ class MaskGit:
       )
     if not 0 <= self.top_k <= self.codebook_size + 1:
       raise UserError(
-        f"teacher.decoding.top_k={self.top_k} must lie in [0, codebook size]; 0 is off"
+        f"teacher.decoding.top_k={self.top_k} must lie in 0 .. {self.codebook_size + 1}; 0 is off"
       )
     if not 0 <= self.top_p < 1:
       raise UserError(f"teacher.decoding.top_p={self.top_p} must lie in [0, 1); 0 is off")
@@ -133,7 +133,8 @@ class MaskGit:
     draws: DecodingDraws,
     initial_tokens: Int[Array, "b l"] | None = None,
   ) -> Int[Array, "b l"]:
-    """Fills the masked positions of `initial_tokens` (all masked if None); codes are kept.
+    """Fills the masked positions of `initial_tokens` (all masked if None); codes are kept, unless
+    `rewrite_revealed`.
 
     A start with fewer masks than the grid finishes early: a step reveals what is left at most.
     """

@@ -44,6 +44,7 @@ class OneStep:
   top_k: int
   top_p: float
   allow_mask_token: bool
+  section: str = "dimo"  # of the config, for error messages
 
   name = "one step"
   num_steps = 1
@@ -51,16 +52,21 @@ class OneStep:
   def __post_init__(self):
     def require(ok: bool, name: str, wanted: str):
       if not ok:
-        raise UserError(f"dimo or sampling: {name}={getattr(self, name)!r} must {wanted}")
+        raise UserError(f"{self.section}.{name}={getattr(self, name)!r} must {wanted}")
 
     for name in ("r_init", "r_init_high", "sigma"):
       require(0 <= getattr(self, name) <= 1, name, "lie in [0, 1]")
-    require(self.r_init_high >= self.r_init, "r_init_high", f"not lie below r_init={self.r_init}")
+    require(
+      self.r_init_high == 0 or self.r_init_high >= self.r_init,
+      "r_init_high",
+      f"be 0 or not lie below r_init={self.r_init}",
+    )
     if self.sigma_schedule != "fixed":
       choose(masking.NOISE_SCHEDULES, self.sigma_schedule, "dimo.sigma_schedule")
       require(self.sigma_num_warmup > 0, "sigma_num_warmup", "be positive with a warm-up")
     require(self.temperature > 0, "temperature", "be positive")
-    require(0 <= self.top_k <= self.codebook_size + 1, "top_k", "lie in [0, codebook size]")
+    num_outputs = self.codebook_size + 1
+    require(0 <= self.top_k <= num_outputs, "top_k", f"lie in 0 .. {num_outputs}; 0 is off")
     require(0 <= self.top_p < 1, "top_p", "lie in [0, 1); 0 is off")
 
   def draw(
@@ -71,7 +77,9 @@ class OneStep:
     `ratio_key` decides `r_init` alone, so that two updates can share it.
     """
     keys = jax.random.split(key, 4)
-    r_init = jax.random.uniform(ratio_key, minval=self.r_init, maxval=self.r_init_high)
+    r_init = jax.random.uniform(
+      ratio_key, minval=self.r_init, maxval=max(self.r_init, self.r_init_high)
+    )
     sigma = masking.embedding_sigma(
       jnp.asarray(clock), self.sigma_schedule, self.sigma, self.sigma_num_warmup
     )
@@ -124,6 +132,7 @@ class OneStep:
     if self.sigma_schedule != "fixed":
       raise ValueError("take the sampler of a clock first: OneStep.at(clock)")
     b = jax.tree.leaves(condition)[0].shape[0]
-    draws = self.draw(key, jax.random.fold_in(key, 1), (1, b), 0)
+    key, ratio_key = jax.random.split(key)
+    draws = self.draw(key, ratio_key, (1, b), 0)
     tokens, _ = self.generate(network, condition, jax.tree.map(lambda x: x[0], draws))
     return jnp.minimum(tokens, self.codebook_size - 1)

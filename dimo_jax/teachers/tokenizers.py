@@ -4,7 +4,6 @@ from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
-from sklearn.cluster import KMeans
 
 from dimo_jax.types import Array, Float, Int, Params, UserError
 
@@ -87,6 +86,8 @@ class PatchTokenizer:
         f"tokenizer.codebook_size={self.codebook_size} exceeds the {num_distinct} distinct patches"
         " of the training images"
       )
+    from sklearn.cluster import KMeans  # slow to import, needed once in a run
+
     kmeans = KMeans(self.codebook_size, n_init=1, random_state=seed).fit(patches)
     return {"codebook": kmeans.cluster_centers_.astype(np.float32)}
 

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base
 from dimo_jax.objectives.dimo import Dimo
 from dimo_jax.processes import masking
+from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.samplers.one_step import OneStep
 from dimo_jax.state import Nets
 from dimo_jax.types import UserError
-from tests.helpers import dimo, dimo_fields, toy_params, toy_state
+from tests.helpers import CODEBOOK_SIZE, dimo, dimo_fields, toy_params, toy_state
 
 CLOCK = 3
 LABELS = jnp.asarray([[0, 1, 2, 1, 0, 2, 2, 1]], jnp.int32)
@@ -22,7 +24,7 @@ FLIPS = {
   "num_tokens": (8, {}),
   "codebook_size": (3, {}),
   "mask_token_id": (0, {}),
-  "r_init": (0.0, {"r_init_high": 0.9}),
+  "r_init": (0.0, {}),
   "r_init_high": (0.9, {}),
   "sigma_schedule": ("linear", {}),
   "sigma": (0.5, {}),
@@ -52,6 +54,7 @@ FLIPS = {
 }
 ELSEWHERE = {"fake_rounds": "tests/test_step.py counts the rounds"}
 ONE_STEP_NAMES = {"temperature": "generator_temperature"}
+ONE_STEP_FIELDS = [f.name for f in dataclasses.fields(OneStep) if f.name != "section"]  # wording
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +89,7 @@ def same(one, other):
 def test_every_option_is_covered():
   fields = {field.name for field in dataclasses.fields(Dimo)}
   assert set(FLIPS) | set(ELSEWHERE) == fields and not set(FLIPS) & set(ELSEWHERE)
-  one_step = {ONE_STEP_NAMES.get(field.name, field.name) for field in dataclasses.fields(OneStep)}
+  one_step = {ONE_STEP_NAMES.get(name, name) for name in ONE_STEP_FIELDS}
   assert one_step <= set(FLIPS)
 
 
@@ -98,7 +101,7 @@ def test_an_option_changes_a_loss_or_a_sample(name, nets):
   assert not same(base, outcome(dimo(**setting | {name: value}), nets))
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(OneStep)])
+@pytest.mark.parametrize("field", ONE_STEP_FIELDS)
 def test_an_option_of_the_sampler_changes_a_sample(field, nets):
   name = ONE_STEP_NAMES.get(field, field)
   value, setting = FLIPS[name]
@@ -249,3 +252,42 @@ def test_the_mask_id_is_forbidden_unless_allowed(nets):
 
 def test_the_config_has_every_field_of_the_objective():
   assert set(dimo_fields()) == {field.name for field in dataclasses.fields(Dimo)}
+
+
+def test_the_target_reveals_one_token_a_step():
+  decoding = MaskGit(
+    grid=(3, 3),
+    codebook_size=CODEBOOK_SIZE,
+    mask_token_id=CODEBOOK_SIZE,
+    **base.get_config().teacher.decoding.to_dict(),
+  )
+  objective = dimo(teacher_guidance=1.25, teacher_temperature=0.8)
+  target = objective.target(decoding)
+  assert target.counts().tolist() == [1] * 9
+  assert (target.order, target.temperature, target.guidance_scale) == ("random", 0.8, 1.25)
+  assert not target.guidance_ramp
+
+
+def test_one_ratio_unless_a_range_is_asked_for():
+  for options, wanted in (({"r_init": 0.4}, {0.4}), ({"r_init": 0.4, "r_init_high": 0.8}, None)):
+    sampler = dimo(**options).one_step
+    drawn = {
+      round(float(sampler.draw(jax.random.key(0), jax.random.key(i), (1, 2), 0).r_init[0]), 5)
+      for i in range(5)
+    }
+    assert drawn == wanted if wanted else len(drawn) == 5
+
+
+def test_sampling_draws_the_ratio_from_a_key_of_its_own(monkeypatch):
+  """One key for two draws would correlate them."""
+  draw, seen = OneStep.draw, []
+
+  def spy(self, key, ratio_key, shape, clock):
+    seen.append((key, ratio_key))
+    return draw(self, key, ratio_key, shape, clock)
+
+  monkeypatch.setattr(OneStep, "draw", spy)
+  dimo().one_step.sample(toy_state(0), {"class_id": LABELS[0]}, jax.random.key(0))
+  ((key, ratio_key),) = seen
+  others = jax.random.key_data(jax.random.split(key, 4)).tolist()
+  assert jax.random.key_data(ratio_key).tolist() not in [*others, jax.random.key_data(key).tolist()]

@@ -310,6 +310,11 @@ def test_losses_and_norms(replay):
   ours = sum(m["fake_score/loss"] * n for m, n in zip(replay.metrics, done, strict=True))
   theirs = sum(arrays[f"log/{2 * i + 1}/loss_fake"] for i in range(len(replay.metrics))) * rounds
   np.testing.assert_allclose(ours, theirs, rtol=2e-5)
+  if rounds == 1:
+    for i, metrics in enumerate(replay.metrics):
+      np.testing.assert_allclose(
+        metrics["fake_score/loss"], arrays[f"log/{2 * i + 1}/loss_fake"], rtol=2e-5
+      )
 
 
 def test_learning_rates(replay):

@@ -1,0 +1,97 @@
+"""What a distillation starts from: states on the mesh, its jitted step, its batches and key."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dimo_jax.build import Experiment
+from dimo_jax.data.pipeline import condition_batches
+from dimo_jax.sharding import Rules, jit_step, replicated, shard_batch, state_sharding
+from dimo_jax.state import DistillState, NetworkState, copy_tree
+from dimo_jax.step import distill_step
+from dimo_jax.types import Params
+
+_DATA_STREAM = 7919  # keeps the order of the data apart from a stage's other use of the seed
+
+
+def place(state: Any, mesh: Mesh, rules: Rules) -> Any:
+  """Puts a state on the mesh by the config's rules."""
+  return jax.device_put(state, state_sharding(state, mesh, rules))
+
+
+def initial_state(experiment: Experiment, teacher_params: Params) -> Callable[[], DistillState]:
+  """Makes generator, fake score and average as copies of the teacher, not yet on the mesh.
+
+  A function, so that a resumed run needs their shapes only (`jax.eval_shape`).
+  """
+  frozen = tuple(experiment.config.optim.frozen)
+  specs = experiment.generator_optimizer, experiment.fake_score_optimizer
+  optimizers = [spec.build(experiment.num_updates) for spec in specs]
+
+  def make() -> DistillState:
+    generator, fake_score = (
+      experiment.teacher.trained_state(teacher_params, tx, frozen) for tx in optimizers
+    )
+    return DistillState(
+      generator=generator,
+      fake_score=fake_score,
+      ema=copy_tree(generator.params),
+      clock=jnp.zeros((), jnp.int32),
+      extra=(),
+    )
+
+  return make
+
+
+def teacher_state(
+  experiment: Experiment, teacher_params: Params, tokenizer_params: Params
+) -> NetworkState:
+  """The frozen teacher in its storage precision, on the mesh."""
+  dtype = jnp.dtype(experiment.config.precision.teacher_dtype)
+  network = jax.tree.map(lambda x: np.asarray(x, dtype), teacher_params)
+  state = experiment.teacher.frozen_state(network, tokenizer_params)
+  return place(state, experiment.mesh, experiment.config.mesh.rules)
+
+
+def jit_distill_step(
+  experiment: Experiment, state: DistillState, teacher: NetworkState
+) -> jax.stages.Wrapped:
+  """The jitted iteration `(state, teacher, batch, base_key) -> (state, metrics)`."""
+  train = experiment.config.train
+  return jit_step(
+    functools.partial(distill_step, experiment.objective, train.ema_decay, train.ema_every_steps),
+    experiment.mesh,
+    state,
+    teacher,
+    experiment.config.mesh.rules,
+  )
+
+
+def distill_batches(experiment: Experiment, start: int, num_steps: int) -> Iterator[Any]:
+  """Conditions of iterations start .. start + num_steps - 1, on the mesh."""
+  config, rounds = experiment.config, experiment.objective.fake_rounds
+  stream = condition_batches(
+    config.data.num_classes,
+    shape=(1 + rounds, config.train.accumulation, config.train.batch_size),
+    seed=config.seed + _DATA_STREAM,
+    start_step=start,
+    num_steps=num_steps,
+  )
+  for batch in stream:
+    generator = {name: values[0] for name, values in batch.items()}
+    fake_score = {name: values[1:] for name, values in batch.items()}
+    yield {
+      "generator": shard_batch(generator, experiment.mesh, batch_axis=1),
+      "fake_score": shard_batch(fake_score, experiment.mesh, batch_axis=2),
+    }
+
+
+def base_key(experiment: Experiment) -> jax.Array:
+  """The key of every draw of the distillation."""
+  key = jax.random.fold_in(jax.random.key(experiment.config.seed), 3)
+  return jax.device_put(key, replicated(experiment.mesh))
