@@ -1,7 +1,10 @@
 """Every field once, with its published default and source; presets only override.
 
-Defaults are those of Di[M]O on ImageNet-256 (arXiv:2503.15457 and its released configuration), with
-a MaskGIT teacher. "update" means fake-score update unless a field says generator update.
+Where a line names no other source, the default is that of Di[M]O on ImageNet-256: the paper
+(arXiv:2503.15457) and its released configuration, with the MaskGIT teacher of arXiv:2310.14400.
+Where the two differ the release is followed, and the line says so. `seed`, `mesh`, `log`,
+`evaluation`, `health` and `precision` are ours. "update" means fake-score update unless a field
+says generator update.
 """
 
 from ml_collections import ConfigDict
@@ -12,8 +15,8 @@ def _optimizer(**fields) -> ConfigDict:
   config = ConfigDict()
   config.name = "adam"  # "adam" or "adamw"
   config.learning_rate = 1e-5
-  config.b1 = 0.9
-  config.b2 = 0.999
+  config.b1 = 0.9  # decay of Adam's mean
+  config.b2 = 0.999  # decay of Adam's squares
   config.eps = 1e-8  # the release takes 1e-6 in its 16-bit runs; parameters here are float32
   config.weight_decay = 0.0  # "adamw" only
   config.clip_norm = 0.0  # global norm of the gradient; 0 is off
@@ -33,19 +36,19 @@ def get_config() -> ConfigDict:
   config.data = data = ConfigDict()
   data.name = "labels"  # a key of SOURCES, or "labels": classes only, no images
   data.path = ""  # file of a source that reads one
-  data.num_classes = 1000
+  data.num_classes = 1000  # ImageNet's; the null class is one more
 
   config.tokenizer = tokenizer = ConfigDict()
   tokenizer.name = "none"  # a key of TOKENIZERS; "none" trains on tokens without pictures
   tokenizer.patch_size = 16  # pixels along a token's side
   tokenizer.grid_size = 16  # tokens along the image's side
-  tokenizer.codebook_size = 1024
+  tokenizer.codebook_size = 1024  # codes; the mask token is one more
 
   config.model = model = ConfigDict()  # generator, fake score and teacher alike
-  model.hidden_dim = 768
-  model.num_layers = 24
-  model.num_heads = 16
-  model.mlp_dim = 3072
+  model.hidden_dim = 768  # width
+  model.num_layers = 24  # transformer blocks
+  model.num_heads = 16  # of attention; divides hidden_dim
+  model.mlp_dim = 3072  # width of the hidden layer of each block
   model.dropout = 0.1  # the rate, where dropout is active (teacher.pretrain, dimo.dropout)
   model.scan_layers = True  # one compiled block run num_layers times: compile time constant
 
@@ -65,15 +68,15 @@ def get_config() -> ConfigDict:
   teacher.path = ""
 
   teacher.pretrain = pretrain = ConfigDict()
-  pretrain.num_steps = 0
-  pretrain.batch_size = 256
+  pretrain.num_steps = 0  # updates; 0 here, since the published teacher is given
+  pretrain.batch_size = 256  # samples over all devices
   pretrain.mask_schedule = "arccos"  # a key of MASK_SCHEDULES
   pretrain.mask_kind = "exact"  # "exact" counts, or "bernoulli" (MaskGIT v1)
   pretrain.loss_positions = "masked"  # "masked", or "all" (MaskGIT v1)
-  pretrain.label_smoothing = 0.1
-  pretrain.condition_drop_rate = 0.1  # for guidance
-  pretrain.dropout = True
-  pretrain.ema_decay = 0.9999
+  pretrain.label_smoothing = 0.1  # weight of the uniform distribution in the target
+  pretrain.condition_drop_rate = 0.1  # share of null classes, for guidance
+  pretrain.dropout = True  # at the rate model.dropout
+  pretrain.ema_decay = 0.9999  # of the average, which becomes the teacher
   # MaskGIT v1: AdamW (0.9, 0.96), weight decay 1e-5, clip 1.
   pretrain.optim = _optimizer(
     name="adamw", learning_rate=1e-4, b2=0.96, weight_decay=1e-5, clip_norm=1.0
@@ -84,9 +87,9 @@ def get_config() -> ConfigDict:
   decoding.schedule = "arccos"  # "root", "linear", "square", "cosine", "arccos" or "uniform"
   decoding.order = "confidence"  # "confidence", "random", "warm_up", "greedy" or "halton"
   decoding.order_temperature = 4.5  # of the Gumbel noise on the confidence
-  decoding.temperature = 1.0
-  decoding.top_k = 0  # 0 is off
-  decoding.top_p = 0.0  # 0 is off
+  decoding.temperature = 1.0  # of the drawn tokens
+  decoding.top_k = 0  # outputs kept; 0 is off
+  decoding.top_p = 0.0  # probability kept; 0 is off
   decoding.allow_mask_token = True  # as released: a drawn mask id is clamped to the last code
   decoding.guidance_scale = 4.0  # 1 is none; the release's w = 3 ends its ramp at w + 1
   decoding.guidance_ramp = True  # linear from 1 over the steps
@@ -115,7 +118,7 @@ def get_config() -> ConfigDict:
   dimo.teacher_temperature = 1.0  # of the target distribution
   dimo.fake_temperature = 1.0  # of the fake distribution
   dimo.top_k = 0  # filters on the tokens drawn in training; 0 is off
-  dimo.top_p = 0.0
+  dimo.top_p = 0.0  # probability kept; 0 is off
   dimo.allow_mask_token = False  # True as released: a generator may emit the mask id
   dimo.label_smoothing = 0.1  # of the fake score's loss (in the code, not in the paper)
   dimo.soft_target_weight = 0.0  # fake score: 0 hard tokens, 1 the generator's distribution
@@ -138,22 +141,22 @@ def get_config() -> ConfigDict:
 
   config.sampling = sampling = ConfigDict()  # one-step, at test time; r_init, sigma as trained
   sampling.temperature = 1.0  # the release's FID-50k is best at 7, IS at lower ones
-  sampling.top_k = 0
-  sampling.top_p = 0.0
+  sampling.top_k = 0  # outputs kept; 0 is off
+  sampling.top_p = 0.0  # probability kept; 0 is off
 
   config.log = log = ConfigDict()
   log.every_steps = 50  # metrics and console
   log.pictures_every_steps = 1000  # grids of generator, teacher and fake score; 0 is off
   log.num_pictures = 40  # samples of each network in a grid
   log.evaluate_every_steps = 5000  # the one-step student; 0 is off
-  log.checkpoint_every_steps = 1000
+  log.checkpoint_every_steps = 1000  # and at every evaluation
   log.keep_checkpoints = 2  # the newest ones, besides the best evaluated one
 
   config.evaluation = evaluation = ConfigDict()
   evaluation.protocol = "none"  # a key of PROTOCOLS, or "none"
   evaluation.batch_size = 256  # samples a call
   evaluation.seed = 12345  # of the sampled images
-  evaluation.teacher_steps = (1, 2, 4, 8, 16)
+  evaluation.teacher_steps = (1, 2, 4, 8, 16)  # at which the teacher is evaluated
 
   config.health = health = ConfigDict()  # what stops a run
   health.min_entropy = 1e-3  # nats per token of the generator, below which it has collapsed

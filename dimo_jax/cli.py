@@ -8,6 +8,7 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import config_flags
 
+from dimo_jax.allocator import keep_freed_memory
 from dimo_jax.types import UserError
 
 BAD_INPUT, STOPPED = 2, 3  # exit codes, beside preemption.RESUME_EXIT_CODE
@@ -17,6 +18,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.
 
 def run(dispatch: Callable[[], None]) -> None:
   """Parses the flags and runs a command; every way to fail has its line and its exit code."""
+  keep_freed_memory()
   from dimo_jax.health import RunStopped, disk_is_full
   from dimo_jax.preemption import RESUME_EXIT_CODE, Preempted
 

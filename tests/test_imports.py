@@ -25,7 +25,7 @@ data
 samplers
 objectives
 step
-writers preemption health
+writers preemption health allocator
 evaluation
 cli
 checkpoint

@@ -196,7 +196,15 @@ def tempered_logits(
 
 
 def draw_tokens(draw: Key | Int[Array, "b l"], logits: Float[Array, "b l v"]) -> Int[Array, "b l"]:
-  """Tokens from softmax(logits) by a key, or the given tokens themselves (for a replay)."""
-  if jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
-    return jax.random.categorical(draw, logits).astype(jnp.int32)
-  return draw
+  """Tokens from softmax(logits) by a key, or the given tokens themselves (for a replay).
+
+  By inverting the cumulative distribution: one random number a token, not one for each output. An
+  output of logit -inf is never drawn.
+  """
+  if not jnp.issubdtype(draw.dtype, jax.dtypes.prng_key):
+    return draw
+  cumulative = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
+  total = cumulative[..., -1]
+  level = jax.random.uniform(draw, total.shape) * total
+  level = jnp.minimum(level, jnp.nextafter(total, jnp.zeros_like(total)))  # it may round up
+  return jnp.sum(cumulative <= level[..., None], axis=-1, dtype=jnp.int32)
