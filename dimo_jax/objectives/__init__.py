@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from dimo_jax.objectives.dimo import Dimo
+from dimo_jax.objectives.dmd2 import Dmd2
 from dimo_jax.state import Nets
 from dimo_jax.types import Array, Batch, Float, Int, Key, Metrics, Params
 
@@ -46,4 +47,4 @@ class Objective(Protocol):
     ...
 
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"dimo": Dimo}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"dimo": Dimo, "dmd2": Dmd2}
