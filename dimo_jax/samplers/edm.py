@@ -103,9 +103,8 @@ class Heun:
     def churned(xt, sigma, gamma, draw):
       if self.s_churn == 0:
         return xt, sigma
-      raised = sigma * (1 + gamma)
-      added = self.s_noise * jnp.sqrt(jnp.square(raised) - jnp.square(sigma))
-      return xt + added * _normal(draw, xt.shape), raised
+      added = self.s_noise * sigma * jnp.sqrt(gamma * (2 + gamma))  # of the rise in variance
+      return xt + added * _normal(draw, xt.shape), sigma * (1 + gamma)
 
     def step(xt, inputs):
       sigma, following, gamma, draw = inputs
