@@ -296,7 +296,6 @@ class Dmd2:
     else:
       frozen = generator.replace(params=jax.lax.stop_gradient(generator_params))
       inputs = student.simulate(frozen, condition, given.noise, given.index)
-    inputs = jax.lax.stop_gradient(inputs)
     return Samples(student.predict(generator, condition, inputs), condition)
 
   def generator_loss(
@@ -430,7 +429,7 @@ class Dmd2:
       features = nets.fake_score.apply_fn(
         fake_params["score"], inputs, condition, output="bottleneck"
       )
-    return self.critic.apply({"params": fake_params["critic"]}, features)
+    return jnp.asarray(self.critic.apply({"params": fake_params["critic"]}, features))
 
 
 def score_network(fake_score: NetworkState) -> NetworkState:

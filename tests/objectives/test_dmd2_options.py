@@ -11,8 +11,10 @@ import pytest
 from dimo_jax.objectives import OBJECTIVES, Objective, adversarial
 from dimo_jax.objectives.denoising import GaussianDenoising
 from dimo_jax.objectives.dmd2 import Dmd2, score_network
+from dimo_jax.optim import OptimizerSpec
 from dimo_jax.processes.gaussian import Edm, Noised, VariancePreserving, add_noise
-from dimo_jax.state import Nets
+from dimo_jax.state import Nets, PretrainState, copy_tree
+from dimo_jax.step import pretrain_step
 from dimo_jax.types import UserError
 from tests.helpers import (
   FOUR_STEPS,
@@ -580,15 +582,13 @@ def test_impossible_pretraining_is_refused_in_one_line(name, value):
 
 def test_a_pretrained_network_learns():
   """Adam on one batch: the loss falls; through the step that train.py jits."""
-  from dimo_jax.state import PretrainState, copy_tree
-  from dimo_jax.step import pretrain_step
-  from tests.test_step import adam
 
   class Pixels:
     def encode(self, params, images):
       return images
 
-  network = toy_denoiser(0, tx=adam(1e-2))
+  tx = OptimizerSpec("adam", 1e-2, 0.9, 0.999, 1e-8, 0.0, 0.0, "constant", 0, 1.0).build(200)
+  network = toy_denoiser(0, tx=tx)
   state = PretrainState(network, copy_tree(network.params))
   micro = first(real_batch())
   step = jax.jit(lambda s: pretrain_step(pretraining(), Pixels(), 0.9, s, {}, micro, KEY))
