@@ -50,7 +50,7 @@ def _filters(paths: Iterable[str]) -> set[str]:
 
 
 def _resolution(name: str) -> int:
-  return int(re.search(r"\d+", name)[0])
+  return int(name.split("_")[1].partition("x")[0])
 
 
 def _filter(network: nn.Module) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A small network for tiny images, where convolutions cost more than they give on a CPU."""
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -58,7 +59,7 @@ class DenoisingMLP(nn.Module):
       emb = emb + dense(d, use_bias=False, name="map_augment")(augment_labels)
     emb = dense(d, name="map_layer1")(nn.silu(dense(d, name="map_layer0")(emb)))
     if self.label_dim:
-      init = {"use_bias": False, "kernel_init": initializers.normal(1.0)}
+      init: dict[str, Any] = {"use_bias": False, "kernel_init": initializers.normal(1.0)}
       emb = emb + dense(d, **init, name="map_label")(class_labels)
     emb = nn.silu(emb)
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.linen import initializers
 from jax.typing import DTypeLike
@@ -91,8 +90,9 @@ def downsample(
     if pad and padding:
       x = jnp.pad(x, [(padding, padding) if i == axis else (0, 0) for i in range(4)])
     size = (x.shape[axis] - len(taps)) // 2 + 1
-    x = sum(
-      tap * jax.lax.slice_in_dim(x, i, i + 2 * size - 1, 2, axis) for i, tap in enumerate(taps)
+    x = functools.reduce(
+      jnp.add,
+      [tap * jax.lax.slice_in_dim(x, i, i + 2 * size - 1, 2, axis) for i, tap in enumerate(taps)],
     )
   return x
 
@@ -113,7 +113,7 @@ def upsample(
         for shift, odd in [divmod(phase + padding - i, 2)]
         if not odd
       ]
-      phases.append(sum(terms))
+      phases.append(functools.reduce(jnp.add, terms))
     shape = tuple(2 * n if i == axis else n for i, n in enumerate(x.shape))
     x = jnp.stack(phases, axis=axis + 1).reshape(shape)
   return x
@@ -123,8 +123,8 @@ def _upsampled_conv(x, kernel, *arguments, **options):
   """For `nn.Conv(conv_general_dilated=...)`: a 3x3 convolution of the image repeated 2x2 times.
 
   Each of the four output phases sees only 2x2 different pixels, so it convolves the small image
-  with a kernel whose equal taps are summed: 4/9 of the operations. On two CPU cores a training
-  step at 64 channels, 32x32, is 5% faster.
+  with a kernel whose equal taps are summed: 4/9 of the operations. On a CPU core a training step
+  of an ADM at 64 channels, 32x32, becomes 5% shorter.
   """
   del arguments, options  # nn.Conv's are the plain ones
   rows = []
@@ -150,7 +150,9 @@ def _upsampled_conv(x, kernel, *arguments, **options):
 class GroupNorm(nn.Module):
   """Group normalisation with EDM's number of groups; float32 inside, returned in `dtype`.
 
-  Written as one multiplication and addition per channel, which XLA's CPU backend vectorises.
+  Groups are spread over their channels by a matrix product, and each image is multiplied and
+  shifted per channel: XLA's CPU backend fuses anything else into slow code (linen's GroupNorm
+  makes a forward pass of an ADM at 64 channels, 32x32, 20% longer, a training step 5%).
   """
 
   epsilon: float
@@ -171,11 +173,12 @@ class GroupNorm(nn.Module):
         f" {num_groups} groups, min({_MAX_GROUPS}, channels // {_MIN_CHANNELS_PER_GROUP})"
       )
 
-    group = np.arange(c) // (c // num_groups)
-    same_group = (group[:, None] == group) / np.float32(c // num_groups)
+    size = c // num_groups
+    spread = (jnp.arange(num_groups)[:, None] == jnp.arange(c) // size).astype(jnp.float32)
 
     def group_mean(y):
-      return jnp.matmul(y.mean((1, 2)), same_group, precision="highest")
+      grouped = y.mean((1, 2)).reshape(-1, num_groups, size).mean(-1)
+      return jnp.matmul(grouped, spread, precision="highest")
 
     scale = self.param("scale", initializers.ones, (c,))
     shift = self.param("bias", initializers.zeros, (c,))
@@ -258,7 +261,8 @@ class Block(nn.Module):
     )
     modulation = affine(embedding)
     if self.adaptive_scale:
-      y = norm(name="norm1")(y, tuple(jnp.split(modulation, 2, axis=-1)))
+      scale, shift = jnp.split(modulation, 2, axis=-1)
+      y = norm(name="norm1")(y, (scale, shift))
     else:
       y = norm(name="norm1")(y + modulation[:, None, None].astype(self.dtype))
     y = nn.silu(y)
@@ -344,7 +348,7 @@ class ADM(nn.Module):
     channels, size = self.model_channels, self.channel_mult_emb * self.model_channels
     emb = positional_embedding(noise_label, channels)
     if self.augment_dim and augment_labels is not None:
-      init = {"use_bias": False, "kernel_init": initializers.zeros}
+      init: dict[str, Any] = {"use_bias": False, "kernel_init": initializers.zeros}
       emb = emb + nn.Dense(channels, **init, name="map_augment")(augment_labels)
     emb = nn.silu(nn.Dense(size, **_kaiming(channels), name="map_layer0")(emb))
     emb = nn.Dense(size, **_kaiming(size), name="map_layer1")(emb)
