@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.linen import initializers
 from jax.typing import DTypeLike
 
-from dimo_jax.models.attention import attention
+from dimo_jax.models.attention import attention, row_matmul
 from dimo_jax.types import Array, Float, UserError
 
 # Of one layer: its input size (fan-in) -> initialisers of kernel and bias.
@@ -67,7 +67,7 @@ class FourierEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, noise_label: Float[Array, "b"]) -> Float[Array, "b c"]:
-    """The embedding; `freqs` gets no gradient, but weight decay would still shrink it."""
+    """The embedding; `freqs` gets no gradient, but freeze it where weight decay is on."""
     init = initializers.normal(_FOURIER_SCALE)
     freqs = jax.lax.stop_gradient(self.param("freqs", init, (self.channels // 2,)))
     angles = noise_label[:, None] * (2 * jnp.pi * freqs)
@@ -90,8 +90,9 @@ def downsample(
     if pad and padding:
       x = jnp.pad(x, [(padding, padding) if i == axis else (0, 0) for i in range(4)])
     size = (x.shape[axis] - len(taps)) // 2 + 1
-    x = sum(
-      tap * jax.lax.slice_in_dim(x, i, i + 2 * size - 1, 2, axis) for i, tap in enumerate(taps)
+    x = functools.reduce(
+      jnp.add,
+      [tap * jax.lax.slice_in_dim(x, i, i + 2 * size - 1, 2, axis) for i, tap in enumerate(taps)],
     )
   return x
 
@@ -112,28 +113,86 @@ def upsample(
         for shift, odd in [divmod(phase + padding - i, 2)]
         if not odd
       ]
-      phases.append(sum(terms))
+      phases.append(functools.reduce(jnp.add, terms))
     shape = tuple(2 * n if i == axis else n for i, n in enumerate(x.shape))
     x = jnp.stack(phases, axis=axis + 1).reshape(shape)
   return x
 
 
-def _group_norm(
-  x: Float[Array, "b h w c"], name: str, epsilon: float, dtype: DTypeLike
-) -> Float[Array, "b h w c"]:
-  """Group normalisation with EDM's number of groups; computed in float32, returned in `dtype`."""
-  c = x.shape[-1]
-  num_groups = min(_MAX_GROUPS, c // _MIN_CHANNELS_PER_GROUP)
-  if not num_groups or c % num_groups:
-    raise UserError(
-      f"model.model_channels gives a layer of {c} channels, which do not divide into"
-      f" {num_groups} groups, min({_MAX_GROUPS}, channels // {_MIN_CHANNELS_PER_GROUP})"
-    )
-  norm = nn.GroupNorm(num_groups, epsilon=epsilon, use_fast_variance=False, dtype=dtype, name=name)
-  return norm(x)
+def _upsampled_conv(x, kernel, *arguments, **options):
+  """For `nn.Conv(conv_general_dilated=...)`: a 3x3 convolution of the image repeated 2x2 times.
+
+  Each of the four output phases sees only 2x2 different pixels, so it convolves the small image
+  with a kernel whose equal taps are summed: 4/9 of the operations. On a CPU core a training step
+  of an ADM at 64 channels, 32x32, becomes 5% shorter.
+  """
+  del arguments, options  # nn.Conv's are the plain ones
+  rows = []
+  for i in (0, 1):
+    columns = []
+    for j in (0, 1):
+      taps = kernel
+      for axis, phase in ((0, i), (1, j)):
+        first, middle, last = jnp.split(taps, 3, axis)
+        pair = [first + middle, last] if phase else [first, middle + last]
+        taps = jnp.concatenate(pair, axis)
+      padding = [(1 - i, i), (1 - j, j)]
+      columns.append(
+        jax.lax.conv_general_dilated(
+          x, taps, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+      )
+    rows.append(jnp.stack(columns, axis=3))
+  b, h, w, _ = x.shape
+  return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
 
 
-def _check_size(x: Float[Array, "b h w c"], resolution: int, channels: int, num_levels: int):
+class GroupNorm(nn.Module):
+  """Group normalisation with EDM's number of groups; float32 inside, returned in `dtype`.
+
+  Groups are spread over their channels by a matrix product, and each image is multiplied and
+  shifted per channel: XLA's CPU backend fuses anything else into slow code (linen's GroupNorm
+  makes a forward pass of an ADM at 64 channels, 32x32, 20% longer, a training step 5%).
+  """
+
+  epsilon: float
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b h w c"],
+    modulation: tuple[Float[Array, "b c"], Float[Array, "b c"]] | None = None,
+  ) -> Float[Array, "b h w c"]:
+    """Normalises each group; `modulation` (scale, shift) then maps y to y (1 + scale) + shift."""
+    c = x.shape[-1]
+    num_groups = min(_MAX_GROUPS, c // _MIN_CHANNELS_PER_GROUP)
+    if not num_groups or c % num_groups:
+      raise UserError(
+        f"model.model_channels gives a layer of {c} channels, which do not divide into"
+        f" {num_groups} groups, min({_MAX_GROUPS}, channels // {_MIN_CHANNELS_PER_GROUP})"
+      )
+
+    size = c // num_groups
+    spread = (jnp.arange(num_groups)[:, None] == jnp.arange(c) // size).astype(jnp.float32)
+
+    def group_mean(y):
+      grouped = y.mean((1, 2)).reshape(-1, num_groups, size).mean(-1)
+      return jnp.matmul(grouped, spread, precision="highest")
+
+    scale = self.param("scale", initializers.ones, (c,))
+    shift = self.param("bias", initializers.zeros, (c,))
+    x = x.astype(jnp.float32)
+    mean = group_mean(x)
+    variance = group_mean(jnp.square(x - mean[:, None, None]))
+    scale = scale * jax.lax.rsqrt(variance + self.epsilon)
+    shift = shift - mean * scale
+    if modulation is not None:
+      scale, shift = scale * (1 + modulation[0]), shift * (1 + modulation[0]) + modulation[1]
+    return (x * scale[:, None, None] + shift[:, None, None]).astype(self.dtype)
+
+
+def check_size(x: Float[Array, "b h w c"], resolution: int, channels: int, num_levels: int = 1):
   """Raises UserError where an image does not fit the network."""
   if x.shape[1:] != (resolution, resolution, channels):
     raise UserError(
@@ -185,33 +244,44 @@ class Block(nn.Module):
     self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"], deterministic: bool
   ) -> Float[Array, "b h2 w2 c2"]:
     """Applies the block."""
-    norm = functools.partial(_group_norm, epsilon=self.epsilon, dtype=self.dtype)
+    norm = functools.partial(GroupNorm, self.epsilon, self.dtype)
     conv = functools.partial(nn.Conv, dtype=self.dtype)
+    pointwise = functools.partial(nn.Dense, dtype=self.dtype, dot_general=row_matmul)
     c = self.channels
 
-    y = self._resampled(nn.silu(norm(x, "norm0")))
-    y = conv(c, (3, 3), **self.layer_init(9 * x.shape[-1]), name="conv0")(y)
-    affine = nn.Dense(c * (1 + self.adaptive_scale), **self.layer_init(embedding.shape[-1]), name="affine")
-    modulation = affine(embedding)[:, None, None].astype(self.dtype)
+    y, options = nn.silu(norm(name="norm0")(x)), self.layer_init(9 * x.shape[-1])
+    repeats = self.resample == "up" and self.resample_filter == _BOX_FILTER
+    if repeats and jax.default_backend() == "cpu":
+      options["conv_general_dilated"] = _upsampled_conv
+    else:
+      y = self._resampled(y)
+    y = conv(c, (3, 3), **options, name="conv0")(y)
+    affine = nn.Dense(
+      c * (1 + self.adaptive_scale), **self.layer_init(embedding.shape[-1]), name="affine"
+    )
+    modulation = affine(embedding)
     if self.adaptive_scale:
       scale, shift = jnp.split(modulation, 2, axis=-1)
-      y = nn.silu(norm(y, "norm1") * (1 + scale) + shift)
+      y = norm(name="norm1")(y, (scale, shift))
     else:
-      y = nn.silu(norm(y + modulation, "norm1"))
+      y = norm(name="norm1")(y + modulation[:, None, None].astype(self.dtype))
+    y = nn.silu(y)
     y = nn.Dropout(self.dropout, deterministic=deterministic)(y)
     y = conv(c, (3, 3), kernel_init=self.out_init, name="conv1")(y)
 
     skip = self._resampled(x)
     if c != x.shape[-1] or (self.project and self.resample):
-      skip = conv(c, (1, 1), **self.layer_init(x.shape[-1]), name="skip")(skip)
+      skip = pointwise(c, **self.layer_init(x.shape[-1]), name="skip")(skip)
     x = (y + skip) * self.skip_scale
     if self.num_heads:
       b, h, w, _ = x.shape
-      init = self.layer_init(c) | ({"kernel_init": self.attention_init} if self.attention_init else {})
-      qkv = conv(3 * c, (1, 1), **init, name="qkv")(norm(x, "norm2"))
+      init = self.layer_init(c) | (
+        {"kernel_init": self.attention_init} if self.attention_init else {}
+      )
+      qkv = pointwise(3 * c, **init, name="qkv")(norm(name="norm2")(x))
       qkv = qkv.reshape(b, h * w, self.num_heads, -1, 3)  # the published order of channels
       y = attention(*jnp.moveaxis(qkv, -1, 0)).reshape(b, h, w, c)
-      y = conv(c, (1, 1), kernel_init=self.out_init, name="proj")(y)
+      y = pointwise(c, kernel_init=self.out_init, name="proj")(y)
       x = (x + y) * self.skip_scale
     return x
 
@@ -274,11 +344,11 @@ class ADM(nn.Module):
       class_labels: one-hot, zeros for no class.
       augment_labels: zeros or None for an image as it is.
     """
-    _check_size(x, self.img_resolution, self.img_channels, len(self.channel_mult))
+    check_size(x, self.img_resolution, self.img_channels, len(self.channel_mult))
     channels, size = self.model_channels, self.channel_mult_emb * self.model_channels
     emb = positional_embedding(noise_label, channels)
     if self.augment_dim and augment_labels is not None:
-      init = {"use_bias": False, "kernel_init": initializers.zeros}
+      init: dict[str, Any] = {"use_bias": False, "kernel_init": initializers.zeros}
       emb = emb + nn.Dense(channels, **init, name="map_augment")(augment_labels)
     emb = nn.silu(nn.Dense(size, **_kaiming(channels), name="map_layer0")(emb))
     emb = nn.Dense(size, **_kaiming(size), name="map_layer1")(emb)
@@ -326,10 +396,10 @@ class ADM(nn.Module):
         x = jnp.concatenate([x, skips.pop()], axis=-1)
         attend = res in self.attn_resolutions
         x = block(f"dec_{res}x{res}_block{i}", x, channels * mult, attend)
-    x = nn.silu(_group_norm(x, "out_norm", _ADM_EPSILON, self.dtype))
-    return conv(
-      self.img_channels, (3, 3), kernel_init=initializers.zeros, name="out_conv"
-    )(x), bottleneck
+    x = nn.silu(GroupNorm(_ADM_EPSILON, self.dtype, name="out_norm")(x))
+    return conv(self.img_channels, (3, 3), kernel_init=initializers.zeros, name="out_conv")(
+      x
+    ), bottleneck
 
 
 class SongUNet(nn.Module):
@@ -401,9 +471,10 @@ class SongUNet(nn.Module):
     deterministic: bool = True,
   ) -> tuple[Float[Array, "b h w c"] | None, Float[Array, "b h2 w2 c2"]]:
     """The prediction (None unless `decode`) and the encoder's output; arguments as ADM's."""
-    _check_size(x, self.img_resolution, self.img_channels, len(self.channel_mult))
+    check_size(x, self.img_resolution, self.img_channels, len(self.channel_mult))
     emb = self._embedding(noise_label, class_labels, augment_labels)
     conv = functools.partial(nn.Conv, kernel_init=_XAVIER, dtype=self.dtype)
+    pointwise = functools.partial(nn.Dense, kernel_init=_XAVIER, dtype=self.dtype)
     channels, taps = self.model_channels, self.resample_filter
 
     def block(name, x, channels, attend=False, resample=None):
@@ -433,13 +504,11 @@ class SongUNet(nn.Module):
         x = block(f"enc_{res}x{res}_down", x, x.shape[-1], resample="down")
         if self.encoder_type == "skip":
           aux = downsample(aux, taps)
-          x = x + conv(x.shape[-1], (1, 1), name=f"enc_{res}x{res}_aux_skip")(aux)
+          x = x + pointwise(x.shape[-1], name=f"enc_{res}x{res}_aux_skip")(aux)
         elif self.encoder_type == "residual":
           # Convolution and filter are fused in the original: the image is padded once, for both.
           reach = len(taps) // 2
-          aux = conv(
-            x.shape[-1], (3, 3), padding=reach, name=f"enc_{res}x{res}_aux_residual"
-          )(aux)
+          aux = conv(x.shape[-1], (3, 3), padding=reach, name=f"enc_{res}x{res}_aux_residual")(aux)
           x = aux = (x + downsample(aux, taps, pad=False)) * 0.5**0.5
         skips.append(x)
       for i in range(self.num_blocks):
@@ -462,7 +531,7 @@ class SongUNet(nn.Module):
         attend = i == self.num_blocks and res in self.attn_resolutions
         x = block(f"dec_{res}x{res}_block{i}", x, channels * mult, attend)
       if self.decoder_type == "skip" or level == 0:
-        y = nn.silu(_group_norm(x, f"dec_{res}x{res}_aux_norm", _SONG_EPSILON, self.dtype))
+        y = nn.silu(GroupNorm(_SONG_EPSILON, self.dtype, name=f"dec_{res}x{res}_aux_norm")(x))
         name = f"dec_{res}x{res}_aux_conv"
         y = conv(self.img_channels, (3, 3), kernel_init=_XAVIER_SMALL, name=name)(y)
         out = y if out is None else upsample(out, taps) + y
