@@ -47,7 +47,9 @@ class NetworkState(train_state.TrainState):
   moments.
 
   Attributes:
-    apply_fn: `(params, inputs, condition, **draws) -> outputs`, with the whole parameter tree.
+    apply_fn: `(params, inputs, condition, **options) -> outputs`, with the whole parameter tree.
+      Masked: a token grid to logits. Gaussian: a `Noised` to x0, or with output="bottleneck" to the
+      encoder's features, with "both" to the pair. Other options are random draws.
     null_fn: the network's own unconditional condition, given a condition.
     autoencoder: parameters of the tokenizer or autoencoder (the teacher's state only).
   """
@@ -61,9 +63,9 @@ class NetworkState(train_state.TrainState):
     """Trainable and frozen parameters in one tree."""
     return merge(self.params, self.frozen)
 
-  def predict(self, inputs: Array, condition: Condition, **draws: Any) -> Array:
-    """Applies the network with this state's parameters."""
-    return self.apply_fn(self.all_params, inputs, condition, **draws)
+  def predict(self, inputs: Any, condition: Condition, **options: Any) -> Array:
+    """Applies the network with this state's parameters to tokens or a noised image."""
+    return self.apply_fn(self.all_params, inputs, condition, **options)
 
   def apply_gradients(  # type: ignore[override] # schedules need the clock
     self, *, grads: Params, clock: Int[Array, ""] | int, **kwargs: Any

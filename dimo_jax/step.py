@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import optax
 
 from dimo_jax.objectives import Objective
-from dimo_jax.objectives.denoising import MaskedDenoising
+from dimo_jax.objectives.denoising import GaussianDenoising, MaskedDenoising
 from dimo_jax.optim import ema_rate
 from dimo_jax.state import DistillState, Nets, NetworkState, PretrainState
 from dimo_jax.types import Batch, Key, Metrics, Params
 
 
 def pretrain_step(
-  objective: MaskedDenoising,
+  objective: MaskedDenoising | GaussianDenoising,
   tokenizer: Any,
   ema_decay: float,
   state: PretrainState,
@@ -26,7 +26,8 @@ def pretrain_step(
 
   Args:
     objective: the denoising loss.
-    tokenizer: encodes images to tokens with `tokenizer_params`.
+    tokenizer: encodes images to what the teacher models (tokens, latents, the images themselves)
+      with `tokenizer_params`.
     ema_decay: limit of the moving average's rate.
     batch: {"image": [b, h, w, c] in [-1, 1], "class_id": [b]}.
     base_key: the run's key; this update's is `fold_in(base_key, updates done)`.
@@ -34,9 +35,9 @@ def pretrain_step(
   network = state.network
   key = jax.random.fold_in(base_key, network.step)
   draws = objective.draw(key, batch["class_id"].shape[0])
-  tokens = tokenizer.encode(tokenizer_params, batch["image"])
+  encoded = tokenizer.encode(tokenizer_params, batch["image"])
   (_, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
-    network.params, network, tokens, batch, draws
+    network.params, network, encoded, batch, draws
   )
   metrics["teacher/grad_norm"] = optax.tree.norm(grads)
   ema_step = network.step

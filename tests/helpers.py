@@ -12,6 +12,8 @@ from safetensors.numpy import load_file
 from configs import base
 from dimo_jax.models.mask_transformer import MaskTransformer
 from dimo_jax.objectives.dimo import Dimo
+from dimo_jax.objectives.dmd2 import Dmd2
+from dimo_jax.processes.gaussian import Edm, per_sample, preconditioning
 from dimo_jax.processes.masking import perturb
 from dimo_jax.state import NetworkState
 from dimo_jax.teachers.maskgit import MaskedTeacher
@@ -21,6 +23,9 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 # The toy problem: 9 tokens of 5 codes and the mask id, 3 classes and the null class.
 NUM_TOKENS, CODEBOOK_SIZE, NUM_CLASSES = 9, 5, 3
+
+# The continuous one: images of 3x3 pixels and 2 channels, the same classes.
+IMAGE_SHAPE = (3, 3, 2)
 
 
 def state_dict(name: str, prefix: str = "") -> dict[str, np.ndarray]:
@@ -100,3 +105,81 @@ def dimo_fields(**options: Any) -> dict[str, Any]:
 def dimo(**options: Any) -> Dimo:
   """The objective on the toy problem."""
   return Dimo(**dimo_fields(**options))
+
+
+def toy_denoise(params, inputs, condition, *, output="x0", dropout_key=None):
+  """A denoiser that compiles fast and still depends on every input that a denoiser has."""
+  scales = preconditioning(inputs.sigma)
+  c_skip, c_out, c_in = (per_sample(c, inputs.xt) for c in scales[:3])
+  x = (c_in * inputs.xt) @ params["in"] + params["classes"][condition["class_id"]][:, None, None]
+  x = x + per_sample(scales.c_noise, x) * params["level"]
+  x = jnp.tanh(x + jnp.mean(x, axis=(1, 2), keepdims=True))
+  if dropout_key is not None:
+    x = x * jax.random.bernoulli(dropout_key, 0.5, x.shape)
+  if output == "bottleneck":
+    return x
+  x0 = c_skip * inputs.xt + c_out * (x @ params["out"])
+  return (x0, x) if output == "both" else x0
+
+
+def toy_denoiser_params(seed: int) -> dict[str, jax.Array]:
+  """Random parameters of `toy_denoise`."""
+  rng = np.random.default_rng(seed)
+  channels = IMAGE_SHAPE[-1]
+  shapes = {
+    "in": (channels, 8),
+    "classes": (NUM_CLASSES + 1, 8),
+    "level": (8,),
+    "out": (8, channels),
+  }
+  return {
+    name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()
+  }
+
+
+def toy_denoiser(seed: int, params: Any = None, tx: Any = None) -> NetworkState:
+  """A toy denoiser's state; without an optimiser it is a teacher's."""
+  return NetworkState.create(
+    apply_fn=toy_denoise,
+    params=toy_denoiser_params(seed) if params is None else params,
+    tx=optax.set_to_zero() if tx is None else tx,
+    null_fn=lambda condition: {"class_id": jnp.full_like(condition["class_id"], NUM_CLASSES)},
+  )
+
+
+def dmd2_fields(**options: Any) -> dict[str, Any]:
+  """Fields of Dmd2 for the toy problem: those of ImageNet-64, changed by `options`."""
+  fields = {
+    "process": Edm(),
+    "image_shape": IMAGE_SHAPE,
+    "num_classes": NUM_CLASSES,
+    "student_sigmas": (80.0,),
+    "student_inputs": "simulated",
+    "matching_weight": 1.0,
+    "min_level": 0.02,
+    "max_level": 0.98,
+    "teacher_guidance": 1.0,
+    "fake_guidance": 1.0,
+    "gan_generator_weight": 3e-3,
+    "gan_critic_weight": 1e-2,
+    "gan_num_levels": 1000,
+    "critic_features": "fake_score",
+    "critic_groups": 4,
+    "r1_weight": 0.0,
+    "r1_alpha": 0.1,
+    "divergence": "reverse_kl",
+    "ratio_normalization": True,
+    "ratio_rate": 0.0,
+    "regression_weight": 0.0,
+    "fake_rounds": 5,
+  }
+  return fields | options
+
+
+def dmd2(**options: Any) -> Dmd2:
+  """The objective on the toy problem."""
+  return Dmd2(**dmd2_fields(**options))
+
+
+NO_GAN = {"gan_generator_weight": 0.0, "gan_critic_weight": 0.0}
+FOUR_STEPS = (80.0, 24.0, 6.0, 1.0)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from dimo_jax.objectives.dimo import Dimo
+from dimo_jax.objectives.dmd2 import Dmd2
 from dimo_jax.samplers import Sampler
 from dimo_jax.state import Nets
 from dimo_jax.types import Array, Batch, Float, Int, Key, Metrics, Params
@@ -69,4 +70,4 @@ class Objective(Protocol):
     ...
 
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"dimo": Dimo}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"dimo": Dimo, "dmd2": Dmd2}

@@ -1,7 +1,8 @@
 """Denoising losses: the teacher's pre-training and the fake score's training.
 
 Sources: MaskGIT (arXiv:2202.04200); its PyTorch reproduction (arXiv:2310.14400) trains on all
-positions with Bernoulli masks, Di[M]O's fake score on masked positions with exact counts.
+positions with Bernoulli masks, Di[M]O's fake score on masked positions with exact counts. Gaussian:
+EDM (arXiv:2206.00364), DMD2 (arXiv:2405.14867).
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dimo_jax.processes import masking
+from dimo_jax.processes import gaussian, masking
 from dimo_jax.state import NetworkState
 from dimo_jax.types import Array, Batch, Bool, Float, Int, Key, Metrics, Params, UserError, choose
 
@@ -39,8 +40,16 @@ def soft_cross_entropy(
   return temperature**2 * jnp.mean(jnp.exp(target) * (target - model), axis=-1)
 
 
+def weighted_error(
+  prediction: Float[Array, "b h w c"], x0: Float[Array, "b h w c"], weight: Float[Array, "b"]
+) -> Float[Array, ""]:
+  """Mean of `weight (prediction - x0)^2` over batch and pixels, in float32."""
+  error = jnp.square(prediction.astype(jnp.float32) - x0.astype(jnp.float32))
+  return jnp.mean(gaussian.per_sample(weight, error) * error)
+
+
 class PretrainDraws(struct.PyTreeNode):
-  """Every random number of one pre-training update."""
+  """Every random number of one pre-training update of a masked teacher."""
 
   mask_u: Float[Array, " b"]  # uniform on [0, 1): decides the mask ratio
   mask_order: Float[Array, "b l"]  # uniform on [0, 1): decides the positions
@@ -111,3 +120,79 @@ class MaskedDenoising:
     loss = masked_mean(cross_entropy(logits, tokens, self.label_smoothing), counted)
     correct = (jnp.argmax(logits, axis=-1) == tokens).astype(jnp.float32)
     return loss, {"teacher/loss": loss, "teacher/token_accuracy": masked_mean(correct, mask)}
+
+
+class GaussianPretrainDraws(struct.PyTreeNode):
+  """Every random number of one pre-training update of a Gaussian teacher."""
+
+  sigma: Float[Array, "b"]
+  noise: Float[Array, "b h w c"]  # standard normal
+  drop_u: Float[Array, "b"]  # uniform on [0, 1): decides who loses the condition
+  dropout_key: Key
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianDenoising:
+  """Pre-training of a Gaussian teacher; fields as in `configs/base.py` under `teacher.pretrain`.
+
+  Attributes:
+    noise_levels: "log_normal" (EDM: `ln sigma ~ N(noise_mean, noise_std^2)`) or "table" (uniform
+      over the process's levels, as DDPM).
+  """
+
+  process: gaussian.GaussianProcess
+  image_shape: tuple[int, int, int]
+  noise_levels: str
+  noise_mean: float
+  noise_std: float
+  condition_drop_rate: float
+  dropout: bool
+
+  def __post_init__(self):
+    if self.noise_levels not in ("log_normal", "table"):
+      raise UserError(
+        f"teacher.pretrain.noise_levels={self.noise_levels!r} is unknown; known: log_normal, table"
+      )
+    if self.noise_std <= 0:
+      raise UserError(f"teacher.pretrain.noise_std={self.noise_std} must be positive")
+    if not 0 <= self.condition_drop_rate < 1:
+      raise UserError(
+        f"teacher.pretrain.condition_drop_rate={self.condition_drop_rate} must lie in [0, 1)"
+      )
+
+  def draw(self, key: Key, batch_size: int) -> GaussianPretrainDraws:
+    """Draws for one update."""
+    level_key, noise_key, drop_key, dropout_key = jax.random.split(key, 4)
+    if self.noise_levels == "log_normal":
+      normal = jax.random.normal(level_key, (batch_size,))
+      sigma = gaussian.log_normal_sigma(normal, self.noise_mean, self.noise_std)
+    else:
+      index = jax.random.randint(level_key, (batch_size,), 0, self.process.num_levels)
+      sigma = jnp.asarray(self.process.sigmas())[index]
+    return GaussianPretrainDraws(
+      sigma=sigma,
+      noise=jax.random.normal(noise_key, (batch_size, *self.image_shape)),
+      drop_u=jax.random.uniform(drop_key, (batch_size,)),
+      dropout_key=dropout_key,
+    )
+
+  def loss(
+    self,
+    params: Params,
+    network: NetworkState,
+    x0: Float[Array, "b h w c"],
+    batch: Batch,
+    draws: GaussianPretrainDraws,
+  ) -> tuple[Float[Array, ""], Metrics]:
+    """Weighted error of x0 and its metrics; deterministic given the draws."""
+    condition = {"class_id": batch["class_id"]}
+    dropped = draws.drop_u < self.condition_drop_rate
+    condition = jax.tree.map(
+      lambda null, given: jnp.where(dropped, null, given), network.null_fn(condition), condition
+    )
+    dropout = {"dropout_key": draws.dropout_key} if self.dropout else {}
+    inputs = gaussian.add_noise(x0, draws.noise, draws.sigma)
+    prediction = network.replace(params=params).predict(inputs, condition, **dropout)
+    loss = weighted_error(prediction, x0, self.process.loss_weight(draws.sigma))
+    error = jnp.sqrt(jnp.mean(jnp.square(prediction - x0)))
+    return loss, {"teacher/loss": loss, "teacher/x0_error": error}

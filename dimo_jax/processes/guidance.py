@@ -1,6 +1,7 @@
 """Classifier-free guidance: one function over any network and any kind of condition."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,12 @@ import jax.numpy as jnp
 from dimo_jax.types import Array, Condition, Float
 
 # Maps (inputs, condition) to outputs; parameters and everything else are bound already.
-PredictFn = Callable[[Array, Condition], Array]
+PredictFn = Callable[[Any, Condition], Array]
 
 
 def guided(
   predict_fn: PredictFn,
-  inputs: Array,
+  inputs: Any,
   condition: Condition,
   null_condition: Condition,
   scale: float | Float[Array, ""] | Float[Array, " b"],
@@ -24,14 +25,15 @@ def guided(
   scale always takes both passes. Source: Ho and Salimans, arXiv:2207.12598.
 
   Args:
-    inputs: [b, ...] noisy images or token grids.
+    inputs: token grids, or noisy images with their levels: a tree of [b, ...] arrays.
     condition, null_condition: trees of [b, ...] arrays of the same structure.
     scale: guidance scale, one number or one per sample.
   """
   if isinstance(scale, int | float) and scale == 1:
     return predict_fn(inputs, condition).astype(jnp.float32)
   both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), condition, null_condition)
-  outputs = predict_fn(jnp.concatenate([inputs, inputs]), both).astype(jnp.float32)
+  doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), inputs)
+  outputs = predict_fn(doubled, both).astype(jnp.float32)
   conditional, unconditional = jnp.split(outputs, 2)
   scale = jnp.asarray(scale, jnp.float32)
   scale = scale.reshape(scale.shape + (1,) * (outputs.ndim - scale.ndim))
