@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
   config.data = data = ConfigDict()
   data.name = "labels"  # a key of SOURCES, or "labels": classes only, no images
   data.path = ""  # file of a source that reads one
+  data.flip = False  # mirror training images at random (DMD2 on ImageNet-64 does)
   data.num_classes = 1000  # ImageNet's; the null class is one more
 
   config.tokenizer = tokenizer = ConfigDict()
@@ -51,6 +52,36 @@ def get_config() -> ConfigDict:
   model.mlp_dim = 3072  # width of the hidden layer of each block
   model.dropout = 0.1  # the rate, where dropout is active (teacher.pretrain, dimo.dropout)
   model.scan_layers = True  # one compiled block run num_layers times: compile time constant
+
+  config.process = process = ConfigDict()  # of continuous teachers (teacher.name = "edm")
+  process.name = "edm"  # a key of PROCESSES: "edm" or "variance_preserving"
+  process.num_levels = 1000  # of the table of noise levels (DMD2)
+  process.sigma_min = 0.002  # "edm": the table's ends and its curvature (EDM, DMD2)
+  process.sigma_max = 80.0
+  process.rho = 7.0
+  process.sigma_data = 0.5  # "edm": standard deviation of the data (EDM)
+  process.schedule = "scaled_linear"  # "variance_preserving": or "linear", "cosine" (SD 1.5)
+  process.beta_start = 0.00085  # there (SD 1.5)
+  process.beta_end = 0.012
+  process.prediction = "epsilon"  # there: what the network was trained on; "x0", "v", "flow"
+
+  # The network of continuous teachers; the defaults are EDM's ImageNet-64 (ADM).
+  config.denoiser = denoiser = ConfigDict()
+  denoiser.name = "adm"  # a key of DENOISERS: "adm", "song" (DDPM++, NCSN++) or "mlp"
+  denoiser.dropout = 0.1  # the rate, where dropout is active (teacher.pretrain.dropout)
+  denoiser.augment_dim = 0  # length of the augmentation labels; 0 is none
+  denoiser.model_channels = 192  # "adm", "song": channels at full resolution
+  denoiser.channel_mult = (1, 2, 3, 4)  # there, times this at each resolution
+  denoiser.channel_mult_emb = 4  # width of the embedding over model_channels
+  denoiser.num_blocks = 3  # residual blocks at each resolution; "mlp": in all
+  denoiser.attn_resolutions = (32, 16, 8)  # "adm", "song": where there is attention
+  denoiser.channels_per_head = 64  # "adm": of that attention
+  denoiser.embedding_type = "positional"  # "song": or "fourier" (NCSN++)
+  denoiser.channel_mult_noise = 1  # "song": 2 for NCSN++
+  denoiser.encoder_type = "standard"  # "song": "standard", "skip" or "residual" (NCSN++)
+  denoiser.decoder_type = "standard"  # "song": "standard" or "skip"
+  denoiser.resample_filter = (1, 1)  # "song": (1, 3, 3, 1) for NCSN++
+  denoiser.hidden_dim = 256  # "mlp": width
 
   config.precision = precision = ConfigDict()
   precision.compute_dtype = "float32"  # of activations: "float32" or "bfloat16"
@@ -74,6 +105,9 @@ def get_config() -> ConfigDict:
   pretrain.mask_kind = "exact"  # "exact" counts, or "bernoulli" (MaskGIT v1)
   pretrain.loss_positions = "masked"  # "masked", or "all" (MaskGIT v1)
   pretrain.label_smoothing = 0.1  # weight of the uniform distribution in the target
+  pretrain.noise_levels = "log_normal"  # "edm" teachers (EDM); or "table", uniform over the levels
+  pretrain.noise_mean = -1.2  # of ln sigma (EDM)
+  pretrain.noise_std = 1.2
   pretrain.condition_drop_rate = 0.1  # share of null classes, for guidance
   pretrain.dropout = True  # at the rate model.dropout
   pretrain.ema_decay = 0.9999  # of the average, which becomes the teacher
@@ -95,6 +129,17 @@ def get_config() -> ConfigDict:
   decoding.guidance_ramp = True  # linear from 1 over the steps
   decoding.halton_roll = False  # "halton": random offset per sample
   decoding.rewrite_revealed = False  # "halton": as the original; for teachers trained on all tokens
+
+  teacher.sampling = heun = ConfigDict()  # Heun sampling of "edm" teachers (EDM, algorithm 2)
+  heun.num_steps = 18  # of the pictures; evaluation has its own list
+  heun.sigma_min = 0.002
+  heun.sigma_max = 80.0
+  heun.rho = 7.0
+  heun.s_churn = 0.0  # fresh noise; 0 is deterministic; EDM's ImageNet-64: 40 with 256 steps
+  heun.s_min = 0.0  # levels between which it is added; there 0.05 and 50
+  heun.s_max = 1e6
+  heun.s_noise = 1.0  # its standard deviation; there 1.003
+  heun.guidance_scale = 1.0  # 1 is none
 
   config.dimo = dimo = ConfigDict()  # Di[M]O
   dimo.r_init = 0.6  # share of initial tokens that are masked; 1 collapses, near 0 is unstable
@@ -126,6 +171,27 @@ def get_config() -> ConfigDict:
   dimo.fake_rounds = 1  # fake-score updates for each generator update
   dimo.dropout = False  # True as released: dropout active in all three networks, the teacher too
 
+  config.dmd2 = dmd2 = ConfigDict()  # DMD2 (arXiv:2405.14867); ImageNet-64 settings
+  dmd2.student_sigmas = (80.0,)  # levels of the student's steps, falling; several start at the end
+  dmd2.student_inputs = "simulated"  # of several steps; "real": noised data, the paper's ablation
+  dmd2.matching_weight = 1.0  # of distribution matching; 0 leaves the GAN alone
+  dmd2.min_level = 0.02  # of the matching's noise, as fractions of the table
+  dmd2.max_level = 0.98
+  dmd2.teacher_guidance = 1.0  # SD 1.5: 1.75, SDXL: 8
+  dmd2.fake_guidance = 1.0
+  dmd2.gan_generator_weight = 3e-3  # 0 is off
+  dmd2.gan_critic_weight = 1e-2  # 0 is no critic
+  dmd2.gan_num_levels = 1000  # of the critic's noise; 0 shows it clean images
+  dmd2.critic_features = "fake_score"  # whose bottleneck: or "teacher"
+  dmd2.critic_groups = 32  # of its group norms
+  dmd2.r1_weight = 0.0  # approximate R1; 100 to 1000 where it is on
+  dmd2.r1_alpha = 0.1  # its perturbation
+  dmd2.divergence = "reverse_kl"  # a key of F_DIVERGENCES (f-distill, arXiv:2502.15681)
+  dmd2.ratio_normalization = True  # divide the density ratio by its mean at the noise level
+  dmd2.ratio_rate = 0.0  # of that running mean; 0 is the batch's own; ImageNet-64: 0.5
+  dmd2.regression_weight = 0.0  # on noise-image pairs of the teacher (DMD)
+  dmd2.fake_rounds = 5  # fake-score updates for each generator update
+
   config.optim = optim = ConfigDict()
   optim.generator = _optimizer(clip_norm=1.0)
   optim.fake_score = _optimizer()
@@ -140,7 +206,8 @@ def get_config() -> ConfigDict:
   train.ema_every_steps = 1  # generator updates between two updates of the average
 
   config.sampling = sampling = ConfigDict()  # one-step, at test time; r_init, sigma as trained
-  sampling.temperature = 1.0  # the release's FID-50k is best at 7, IS at lower ones
+  sampling.guidance_scale = 1.0  # DMD2's student; 1 is none, as it is trained
+  sampling.temperature = 1.0  # Di[M]O's: the release's FID-50k is best at 7, IS at lower ones
   sampling.top_k = 0  # outputs kept; 0 is off
   sampling.top_p = 0.0  # probability kept; 0 is off
 

@@ -129,7 +129,8 @@ def run(experiment: Experiment, repeats: int, peak_sizes: list[int]) -> dict[str
 
   samples = config.train.batch_size * config.train.accumulation
   passes = experiment.objective.forward_equivalents
-  flops = {k: v * samples * experiment.teacher.network.forward_flops for k, v in passes.items()}
+  forward_flops = experiment.teacher.forward_flops
+  flops = {k: v * samples * forward_flops for k, v in passes.items()}
   rate = sum(flops.values()) / seconds["iteration"]
   peak = matmul_peak(experiment.teacher.network.dtype, peak_sizes, repeats) * jax.device_count()
   device = jax.devices()[0]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import ml_collections
@@ -11,13 +12,14 @@ from jax.sharding import Mesh
 from dimo_jax.data.sources import Source, load_source
 from dimo_jax.evaluation.protocols import PROTOCOLS, Protocol
 from dimo_jax.objectives import OBJECTIVES, Objective
-from dimo_jax.objectives.denoising import MaskedDenoising
+from dimo_jax.objectives.denoising import GaussianDenoising, MaskedDenoising
 from dimo_jax.optim import OptimizerSpec
 from dimo_jax.samplers import Sampler
+from dimo_jax.samplers.edm import Heun
 from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.sharding import check_batch, make_mesh, state_sharding
 from dimo_jax.state import split
-from dimo_jax.teachers import build_teacher, build_tokenizer
+from dimo_jax.teachers import Teacher, build_teacher, build_tokenizer, pick
 from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.teachers.tokenizers import Tokenizer
 from dimo_jax.types import UserError, choose
@@ -43,14 +45,14 @@ class Experiment:
   train_source: Source | None
   test_source: Source | None
   tokenizer: Tokenizer
-  teacher: MaskedTeacher
-  pretraining: MaskedDenoising
+  teacher: Teacher
+  pretraining: MaskedDenoising | GaussianDenoising
   pretrain_optimizer: OptimizerSpec
   objective: Objective
   generator_optimizer: OptimizerSpec
   fake_score_optimizer: OptimizerSpec
   student_sampler: Sampler
-  decoding: MaskGit
+  decoding: MaskGit | Heun
   protocol: Protocol | None
 
   @property
@@ -92,14 +94,9 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   tokenizer = build_tokenizer(config, train_source.image_shape if train_source else None)
   teacher = build_teacher(config, tokenizer)
 
-  pretrain = config.teacher.pretrain.to_dict()
-  pretrain_optimizer = OptimizerSpec(**pretrain.pop("optim"))
-  pretrain_steps = pretrain.pop("num_steps")
-  for name in ("batch_size", "ema_decay"):
-    pretrain.pop(name)
-  pretraining = MaskedDenoising(
-    num_tokens=teacher.network.num_tokens, mask_token_id=teacher.mask_token_id, **pretrain
-  )
+  pretraining, decoding, objective_fields = _family(config, tokenizer, teacher)
+  pretrain_optimizer = OptimizerSpec(**config.teacher.pretrain.optim)
+  pretrain_steps = config.teacher.pretrain.num_steps
   if not config.teacher.path:
     if train_source is None or not tokenizer.image_shape:
       raise UserError(
@@ -113,12 +110,18 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     check_batch(config.teacher.pretrain.batch_size, mesh, "teacher.pretrain.batch_size")
     pretrain_optimizer.check(pretrain_steps, "teacher.pretrain.optim")
 
-  objective = choose(OBJECTIVES, config.objective, "objective")(
-    num_tokens=teacher.network.num_tokens,
-    codebook_size=teacher.network.codebook_size,
-    mask_token_id=teacher.mask_token_id,
-    **config[config.objective],
-  )
+  objective_type = choose(OBJECTIVES, config.objective, "objective")
+  if objective_type.teacher_kind != teacher.kind:
+    raise UserError(
+      f"objective={config.objective!r} is for {objective_type.teacher_kind} teachers;"
+      f" teacher.name={config.teacher.name!r} is {teacher.kind}"
+    )
+  objective = objective_type(**objective_fields, **config[config.objective])
+  if objective.uses_images and train_source is None:
+    raise UserError(
+      f"objective={config.objective!r} needs real images with these settings, and"
+      f" data.name={config.data.name!r} has none"
+    )
   shapes = jax.eval_shape(teacher.init, jax.random.key(0))
   split(shapes, tuple(config.optim.frozen))
   state_sharding(shapes, mesh, config.mesh.rules)
@@ -127,12 +130,6 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     optimizers[name] = OptimizerSpec(**config.optim[name])
     optimizers[name].check(config.train.num_steps * objective.fake_rounds, f"optim.{name}")
 
-  decoding = MaskGit(
-    grid=tokenizer.grid,
-    codebook_size=tokenizer.codebook_size,
-    mask_token_id=teacher.mask_token_id,
-    **config.teacher.decoding,
-  )
   protocol = None
   if config.evaluation.protocol != "none":
     protocol = choose(PROTOCOLS, config.evaluation.protocol, "evaluation.protocol")
@@ -158,10 +155,34 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     objective=objective,
     generator_optimizer=optimizers["generator"],
     fake_score_optimizer=optimizers["fake_score"],
-    student_sampler=objective.sampler(**config.sampling),
+    student_sampler=objective.sampler(config.sampling),
     decoding=decoding,
     protocol=protocol,
   )
+
+
+def _family(
+  config: ml_collections.ConfigDict, tokenizer: Tokenizer, teacher: Teacher
+) -> tuple[MaskedDenoising | GaussianDenoising, MaskGit | Heun, dict[str, Any]]:
+  """The teacher's loss and sampler, and what an objective must know of it."""
+  fields: dict[str, Any]
+  if isinstance(teacher, MaskedTeacher):
+    fields = {"num_tokens": teacher.network.num_tokens, "mask_token_id": teacher.mask_token_id}
+    masked = pick(MaskedDenoising, config.teacher.pretrain)
+    pretraining = MaskedDenoising(**fields, **masked)
+    fields["codebook_size"] = teacher.network.codebook_size
+    decoding = MaskGit(
+      grid=tokenizer.grid,
+      codebook_size=teacher.network.codebook_size,
+      mask_token_id=teacher.mask_token_id,
+      **config.teacher.decoding,
+    )
+    return pretraining, decoding, fields
+  fields = {"process": teacher.process, "image_shape": teacher.image_shape}
+  gaussian = pick(GaussianDenoising, config.teacher.pretrain)
+  denoising = GaussianDenoising(**fields, **gaussian)
+  heun = Heun(image_shape=teacher.image_shape, **config.teacher.sampling)
+  return denoising, heun, fields | {"num_classes": config.data.num_classes}
 
 
 def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

@@ -69,9 +69,11 @@ def evaluate(
   return rows
 
 
-def _tokens(experiment: Experiment, teacher: NetworkState, images: Any) -> tuple[Any, int]:
-  tokens = experiment.tokenizer.encode(teacher.autoencoder, images)
-  return tokens, experiment.tokenizer.codebook_size
+def _tokens(experiment: Experiment, teacher: NetworkState, images: Any) -> tuple[Any, int | None]:
+  codebook_size = experiment.tokenizer.codebook_size
+  if not codebook_size:
+    return None, None
+  return experiment.tokenizer.encode(teacher.autoencoder, images), codebook_size
 
 
 def _report(

@@ -63,6 +63,21 @@ class Health:
         1,
       ),
       (
+        "generator/std",
+        lambda value: value < self.min_contrast,
+        f"below health.min_contrast={self.min_contrast}: the generator's images are flat. Look at"
+        " the pictures; raise dmd2.fake_rounds or lower optim.generator.learning_rate",
+        self.patience,
+      ),
+      (
+        "generator/mean",
+        lambda value: abs(value) > self.max_brightness,
+        f"beyond health.max_brightness={self.max_brightness}: the generator's images are all black"
+        " or all white. Look at the pictures; raise dmd2.fake_rounds or lower"
+        " optim.generator.learning_rate",
+        self.patience,
+      ),
+      (
         "generator/brightness",
         lambda value: abs(value) > self.max_brightness,
         f"beyond health.max_brightness={self.max_brightness}: the pictures are all black or all"

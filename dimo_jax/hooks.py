@@ -73,7 +73,7 @@ def evaluate_sampler(
   labels = protocol_labels(experiment, reference)
   samples = sample_protocol(experiment, sampler, network, labels, interruptible=interruptible)
   row = reference.evaluate(
-    samples.images, labels, samples.tokens, experiment.tokenizer.codebook_size
+    samples.images, labels, samples.tokens, experiment.tokenizer.codebook_size or None
   )
   return row | {"images_per_second": samples.images_per_second}
 
@@ -96,10 +96,13 @@ def draw_pictures(
   condition = {"class_id": jnp.arange(num, dtype=jnp.int32) % experiment.config.data.num_classes}
   key = jax.random.key(experiment.config.evaluation.seed)
   student = sampling_network(experiment, state.ema_params, teacher.autoencoder)
-  fake_score = sampling_network(experiment, state.fake_score.all_params, teacher.autoencoder)
+  score = experiment.objective.score_params(state.fake_score.all_params)
+  fake_score = sampling_network(experiment, score, teacher.autoencoder)
   decoding = experiment.decoding
+  num_steps = experiment.student_sampler.num_steps
+  generator = f"generator, {num_steps} step{'s' if num_steps > 1 else ''}"
   runs = (
-    ("generator, 1 step", experiment.student_sampler.at(int(state.clock)), student),
+    (generator, experiment.student_sampler.at(int(state.clock)), student),
     (f"teacher, {decoding.num_steps} steps", decoding, teacher),
     (f"fake score, {decoding.num_steps} steps", decoding, fake_score),
   )
@@ -110,7 +113,7 @@ def draw_pictures(
   pixels = pictures.side_by_side(panels, _PICTURE_COLUMNS)
   pictures.save_png(directory / f"step_{step:07d}.png", pixels)
   writer.picture(step, "samples", pixels)
-  generated = panels["generator, 1 step"]
+  generated = panels[generator]
   return {
     "generator/brightness": float(generated.mean()),
     "generator/contrast": float(generated.std()),

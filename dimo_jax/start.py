@@ -1,6 +1,7 @@
 """What a distillation starts from: states on the mesh, its jitted step, its batches and key."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dimo_jax.build import Experiment
-from dimo_jax.data.pipeline import condition_batches
+from dimo_jax.data.pipeline import condition_batches, image_batches
 from dimo_jax.sharding import Rules, jit_step, replicated, shard_batch, state_sharding
 from dimo_jax.state import DistillState, NetworkState, copy_tree
 from dimo_jax.step import distill_step
@@ -33,16 +34,21 @@ def initial_state(experiment: Experiment, teacher_params: Params) -> Callable[[]
   specs = experiment.generator_optimizer, experiment.fake_score_optimizer
   optimizers = [spec.build(experiment.num_updates) for spec in specs]
 
+  key = jax.random.fold_in(jax.random.key(experiment.config.seed), 4)
+
   def make() -> DistillState:
+    teacher = experiment.teacher.frozen_state(teacher_params, {})
+    fake_params = experiment.objective.fake_score_params(key, teacher)
     generator, fake_score = (
-      experiment.teacher.trained_state(teacher_params, tx, frozen) for tx in optimizers
+      experiment.teacher.trained_state(params, tx, frozen)
+      for params, tx in zip((teacher_params, fake_params), optimizers, strict=True)
     )
     return DistillState(
       generator=generator,
       fake_score=fake_score,
       ema=copy_tree(generator.params),
       clock=jnp.zeros((), jnp.int32),
-      extra=(),
+      extra=experiment.objective.init_extra(),
     )
 
   return make
@@ -73,18 +79,38 @@ def jit_distill_step(
 
 
 def distill_batches(experiment: Experiment, start: int, num_steps: int) -> Iterator[Any]:
-  """Conditions of iterations start .. start + num_steps - 1, on the mesh."""
+  """Batches of iterations start .. start + num_steps - 1, on the mesh.
+
+  Without real images, conditions for the generator and for each round; with them a batch of images
+  for each round, the generator's being the first round's.
+  """
   config, rounds = experiment.config, experiment.objective.fake_rounds
-  stream = condition_batches(
-    config.data.num_classes,
-    shape=(1 + rounds, config.train.accumulation, config.train.batch_size),
-    seed=config.seed + _DATA_STREAM,
-    start_step=start,
-    num_steps=num_steps,
-  )
+  micro = (config.train.accumulation, config.train.batch_size)
+  seed = config.seed + _DATA_STREAM
+  if experiment.objective.uses_images:
+    stream = image_batches(
+      experiment.source("train"),
+      batch_size=rounds * math.prod(micro),
+      seed=seed,
+      start_step=start,
+      num_steps=num_steps,
+      flip=config.data.flip,
+    )
+  else:
+    stream = condition_batches(
+      config.data.num_classes,
+      shape=(1 + rounds, *micro),
+      seed=seed,
+      start_step=start,
+      num_steps=num_steps,
+    )
   for batch in stream:
-    generator = {name: values[0] for name, values in batch.items()}
-    fake_score = {name: values[1:] for name, values in batch.items()}
+    if experiment.objective.uses_images:
+      fake_score = {k: v.reshape(rounds, *micro, *v.shape[1:]) for k, v in batch.items()}
+      generator = {k: v[0] for k, v in fake_score.items()}
+    else:
+      generator = {k: v[0] for k, v in batch.items()}
+      fake_score = {k: v[1:] for k, v in batch.items()}
     yield {
       "generator": shard_batch(generator, experiment.mesh, batch_axis=1),
       "fake_score": shard_batch(fake_score, experiment.mesh, batch_axis=2),

@@ -20,7 +20,13 @@ READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 def image_batches(
-  source: Source, *, batch_size: int, seed: int, start_step: int, num_steps: int
+  source: Source,
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int,
+  num_steps: int,
+  flip: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of steps start_step .. start_step + num_steps - 1, numpy.
 
@@ -29,14 +35,23 @@ def image_batches(
 
   Args:
     seed: not negative.
+    flip: mirror each sample left to right, or not, at random.
 
   Yields:
     {"image": float32 [batch_size, h, w, c] in [-1, 1], "class_id": int32 [batch_size]}.
   """
   # Grain shuffles epoch e with seed + e: without the hash, run 1 would be run 0 an epoch later.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  batches = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat().batch(batch_size)
+  samples = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat()
+  if flip:
+    samples = samples.seed(shuffle_seed).random_map(_flip)
+  batches = samples.batch(batch_size)
   yield from batches[start_step : start_step + num_steps].to_iter_dataset(READ_OPTIONS)
+
+
+def _flip(sample: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+  image = sample["image"]
+  return sample | {"image": image[:, ::-1] if rng.random() < 0.5 else image}
 
 
 def condition_batches(

@@ -20,12 +20,12 @@ class Generated:
 
   Attributes:
     images: float32 [n, h, w, c] in [-1, 1].
-    tokens: int32 [n, l].
+    tokens: int32 [n, l]; None where the tokenizer makes none.
     images_per_second: over all calls after compilation, decoder included.
   """
 
   images: Float[np.ndarray, "n h w c"]
-  tokens: Int[np.ndarray, "n l"]
+  tokens: Int[np.ndarray, "n l"] | None
   images_per_second: float
 
 
@@ -36,10 +36,12 @@ def sample_images(
   network: NetworkState,
   condition: Condition,
   key: Key,
-) -> tuple[Float[Array, "b h w c"], Int[Array, "b l"]]:
-  """Images and their tokens for one batch; the decoder's parameters sit in `network`."""
-  tokens = sampler.sample(network, condition, key)
-  return tokenizer.decode(network.autoencoder, tokens), tokens
+) -> tuple[Float[Array, "b h w c"], Array]:
+  """Images for one batch, and what they were decoded from; the decoder's parameters sit in
+  `network`.
+  """
+  encoded = sampler.sample(network, condition, key)
+  return tokenizer.decode(network.autoencoder, encoded), encoded
 
 
 def generate(
@@ -73,11 +75,12 @@ def generate(
     batch = jax.block_until_ready(sample_images(sampler, tokenizer, *arguments))
     seconds += time.perf_counter() - began
     images.append(np.asarray(batch[0]))
-    tokens.append(np.asarray(batch[1]))
+    if tokenizer.codebook_size:
+      tokens.append(np.asarray(batch[1]))
     if between_batches is not None:
       between_batches()
   return Generated(
     np.concatenate(images)[: len(labels)],
-    np.concatenate(tokens)[: len(labels)],
+    np.concatenate(tokens)[: len(labels)] if tokens else None,
     len(filled) / seconds,
   )

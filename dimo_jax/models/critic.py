@@ -22,7 +22,7 @@ class Critic(nn.Module):
   num_groups: int = 32
 
   @nn.compact
-  def __call__(self, features: Float[Array, "b h w c"]) -> Float[Array, "b"]:
+  def __call__(self, features: Float[Array, "b h w c"]) -> Float[Array, " b"]:
     """Logits of a batch."""
     channels = features.shape[-1]
     if self.num_groups < 1 or channels % self.num_groups:

@@ -39,7 +39,7 @@ class _Precond(nn.Module):
 
   model: nn.Module
 
-  def scalings(self, sigma: Float[Array, "b"]) -> tuple[Array, Array, Array, Array]:
+  def scalings(self, sigma: Float[Array, " b"]) -> tuple[Array, Array, Array, Array]:
     """(c_skip, c_out, c_in, c_noise) of a noise level."""
     raise NotImplementedError
 
@@ -47,8 +47,8 @@ class _Precond(nn.Module):
   def __call__(
     self,
     xt: Float[Array, "b h w c"],
-    sigma: Float[Array, "b"],
-    class_labels: Int[Array, "b"] | Float[Array, "b k"] | None = None,
+    sigma: Float[Array, " b"],
+    class_labels: Int[Array, " b"] | Float[Array, "b k"] | None = None,
     augment_labels: Float[Array, "b a"] | None = None,
     *,
     output: Output = "x0",
@@ -102,7 +102,7 @@ class EDMPrecond(_Precond):
 
   sigma_data: float = 0.5
 
-  def scalings(self, sigma: Float[Array, "b"]) -> tuple[Array, Array, Array, Array]:
+  def scalings(self, sigma: Float[Array, " b"]) -> tuple[Array, Array, Array, Array]:
     """(c_skip, c_out, c_in, c_noise) of a noise level."""
     variance = sigma**2 + self.sigma_data**2
     deviation = jnp.sqrt(variance)
@@ -117,7 +117,7 @@ class EDMPrecond(_Precond):
 class VPPrecond(_Precond):
   """The scaling of the variance-preserving networks: they predict noise, at times 0 to 999."""
 
-  def scalings(self, sigma: Float[Array, "b"]) -> tuple[Array, Array, Array, Array]:
+  def scalings(self, sigma: Float[Array, " b"]) -> tuple[Array, Array, Array, Array]:
     """(c_skip, c_out, c_in, c_noise) of a noise level."""
     c_in = 1 / jnp.sqrt(sigma**2 + 1)
     return jnp.ones_like(sigma), -sigma, c_in, (_NUM_TIMESTEPS - 1) * vp_time(sigma)

@@ -43,7 +43,7 @@ class DenoisingMLP(nn.Module):
   def __call__(
     self,
     x: Float[Array, "b h w c"],
-    noise_label: Float[Array, "b"],
+    noise_label: Float[Array, " b"],
     class_labels: Float[Array, "b k"],
     augment_labels: Float[Array, "b a"] | None = None,
     *,

@@ -51,7 +51,7 @@ def _xavier(fan_in: int) -> dict[str, Any]:
 
 
 def positional_embedding(
-  noise_label: Float[Array, "b"], channels: int, *, endpoint: bool = False
+  noise_label: Float[Array, " b"], channels: int, *, endpoint: bool = False
 ) -> Float[Array, "b c"]:
   """Cosines, then sines, of the label at periods up to 10000 (`endpoint`: reaching it)."""
   half = channels // 2
@@ -66,7 +66,7 @@ class FourierEmbedding(nn.Module):
   channels: int
 
   @nn.compact
-  def __call__(self, noise_label: Float[Array, "b"]) -> Float[Array, "b c"]:
+  def __call__(self, noise_label: Float[Array, " b"]) -> Float[Array, "b c"]:
     """The embedding; `freqs` gets no gradient, but freeze it where weight decay is on."""
     init = initializers.normal(_FOURIER_SCALE)
     freqs = jax.lax.stop_gradient(self.param("freqs", init, (self.channels // 2,)))
@@ -329,7 +329,7 @@ class ADM(nn.Module):
   def __call__(
     self,
     x: Float[Array, "b h w c"],
-    noise_label: Float[Array, "b"],
+    noise_label: Float[Array, " b"],
     class_labels: Float[Array, "b k"],
     augment_labels: Float[Array, "b a"] | None = None,
     *,
@@ -463,7 +463,7 @@ class SongUNet(nn.Module):
   def __call__(
     self,
     x: Float[Array, "b h w c"],
-    noise_label: Float[Array, "b"],
+    noise_label: Float[Array, " b"],
     class_labels: Float[Array, "b k"],
     augment_labels: Float[Array, "b a"] | None = None,
     *,

@@ -1,12 +1,12 @@
 """Objectives: the two losses that turn a teacher into a generator."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from dimo_jax.objectives.dimo import Dimo
 from dimo_jax.objectives.dmd2 import Dmd2
 from dimo_jax.samplers import Sampler
-from dimo_jax.state import Nets
+from dimo_jax.state import Nets, NetworkState
 from dimo_jax.types import Array, Batch, Float, Int, Key, Metrics, Params
 
 __all__ = ["OBJECTIVES", "Objective"]
@@ -19,6 +19,16 @@ class Objective(Protocol):
   Losses see one micro-batch and are deterministic given their draws; `extra` is the objective's own
   small state, handed through. A draw's leaves have a leading micro-batch axis.
   """
+
+  @property
+  def teacher_kind(self) -> str:
+    """The kind of teacher it is for: "masked" or "gaussian"."""
+    ...
+
+  @property
+  def uses_images(self) -> bool:
+    """Whether its batches hold real images; else conditions alone."""
+    ...
 
   @property
   def fake_rounds(self) -> int:
@@ -35,8 +45,20 @@ class Objective(Protocol):
     """Forward passes a sample costs in one iteration, by network; a backward pass counts two."""
     ...
 
-  def sampler(self, **options: Any) -> Sampler:
-    """The student's sampler at test time; `options` are the fields of `config.sampling`."""
+  def sampler(self, options: Mapping[str, Any]) -> Sampler:
+    """The student's sampler at test time; `options` is `config.sampling`."""
+    ...
+
+  def fake_score_params(self, key: Key, teacher: NetworkState) -> Params:
+    """Initial parameters of the fake score: a copy of the teacher's, and what else it needs."""
+    ...
+
+  def score_params(self, fake_score_params: Params) -> Params:
+    """The fake score as a network of the teacher's kind: what of its parameters that is."""
+    ...
+
+  def init_extra(self) -> Any:
+    """Initial `extra`."""
     ...
 
   def target(self, decoding: Any) -> Sampler | None:
@@ -70,4 +92,4 @@ class Objective(Protocol):
     ...
 
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"dimo": Dimo, "dmd2": Dmd2}
+OBJECTIVES: dict[str, type[Dimo] | type[Dmd2]] = {"dimo": Dimo, "dmd2": Dmd2}

@@ -19,7 +19,7 @@ _FLOOR = 1e-6  # of what a mean is divided by
 
 # Weight h(r) of the matching gradient, by the divergence it makes of reverse KL; r is the density
 # of real over generated data (f-distill, table 1).
-F_DIVERGENCES: dict[str, Callable[[Float[Array, "b"]], Float[Array, "b"]]] = {
+F_DIVERGENCES: dict[str, Callable[[Float[Array, " b"]], Float[Array, " b"]]] = {
   "reverse_kl": jnp.ones_like,
   "forward_kl": lambda r: r,
   "jensen_shannon": lambda r: r / (1 + r),
@@ -30,18 +30,20 @@ F_DIVERGENCES: dict[str, Callable[[Float[Array, "b"]], Float[Array, "b"]]] = {
 }
 
 
-def generator_loss(fake_logits: Float[Array, "b"]) -> Float[Array, ""]:
+def generator_loss(fake_logits: Float[Array, " b"]) -> Float[Array, ""]:
   """`softplus(-D(fake))`, mean: the non-saturating loss."""
   return jnp.mean(jax.nn.softplus(-fake_logits))
 
 
-def critic_loss(real_logits: Float[Array, "b"], fake_logits: Float[Array, "b"]) -> Float[Array, ""]:
+def critic_loss(
+  real_logits: Float[Array, " b"], fake_logits: Float[Array, " b"]
+) -> Float[Array, ""]:
   """`softplus(D(fake)) + softplus(-D(real))`, mean."""
   return jnp.mean(jax.nn.softplus(fake_logits)) + jnp.mean(jax.nn.softplus(-real_logits))
 
 
 def approximate_r1(
-  logits: Float[Array, "b"], perturbed_logits: Float[Array, "b"]
+  logits: Float[Array, " b"], perturbed_logits: Float[Array, " b"]
 ) -> Float[Array, ""]:
   """Mean squared change of the logit under a small perturbation of its input.
 
@@ -51,20 +53,20 @@ def approximate_r1(
   return jnp.mean(jnp.square(logits - perturbed_logits))
 
 
-def initial_ratio_bins() -> Float[Array, "k"]:
+def initial_ratio_bins() -> Float[Array, " k"]:
   """Running means of the density ratio by noise level, before any was seen."""
   return jnp.ones(NUM_RATIO_BINS, jnp.float32)
 
 
 def divergence_weights(
   divergence: str,
-  logits: Float[Array, "b"],
-  position: Float[Array, "b"],
-  bins: Float[Array, "k"],
+  logits: Float[Array, " b"],
+  position: Float[Array, " b"],
+  bins: Float[Array, " k"],
   *,
   normalize: bool,
   rate: float,
-) -> tuple[Float[Array, "b"], Float[Array, "k"]]:
+) -> tuple[Float[Array, " b"], Float[Array, " k"]]:
   """Weights of the matching gradient, of mean one over the batch, and the bins after this batch.
 
   Args:

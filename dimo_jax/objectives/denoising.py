@@ -41,7 +41,7 @@ def soft_cross_entropy(
 
 
 def weighted_error(
-  prediction: Float[Array, "b h w c"], x0: Float[Array, "b h w c"], weight: Float[Array, "b"]
+  prediction: Float[Array, "b h w c"], x0: Float[Array, "b h w c"], weight: Float[Array, " b"]
 ) -> Float[Array, ""]:
   """Mean of `weight (prediction - x0)^2` over batch and pixels, in float32."""
   error = jnp.square(prediction.astype(jnp.float32) - x0.astype(jnp.float32))
@@ -125,9 +125,9 @@ class MaskedDenoising:
 class GaussianPretrainDraws(struct.PyTreeNode):
   """Every random number of one pre-training update of a Gaussian teacher."""
 
-  sigma: Float[Array, "b"]
+  sigma: Float[Array, " b"]
   noise: Float[Array, "b h w c"]  # standard normal
-  drop_u: Float[Array, "b"]  # uniform on [0, 1): decides who loses the condition
+  drop_u: Float[Array, " b"]  # uniform on [0, 1): decides who loses the condition
   dropout_key: Key
 
 

@@ -6,6 +6,7 @@ the gradient on the generator's logits. The fake score is kept fitted to the gen
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from dimo_jax.processes import masking
 from dimo_jax.processes.guidance import guided
 from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.samplers.one_step import OneStep, OneStepDraws
-from dimo_jax.state import Nets, NetworkState
+from dimo_jax.state import Nets, NetworkState, copy_tree
 from dimo_jax.types import (
   Array,
   Batch,
@@ -90,6 +91,8 @@ class Dimo:
   fake_rounds: int
   dropout: bool
 
+  teacher_kind = "masked"
+  uses_images = False
   reuse_samples = False  # every fake-score round generates afresh
 
   def __post_init__(self):
@@ -131,9 +134,23 @@ class Dimo:
       allow_mask_token=self.allow_mask_token,
     )
 
-  def sampler(self, **options: Any) -> OneStep:
+  def sampler(self, options: Mapping[str, Any]) -> OneStep:
     """One step as in training, but for the filters of `config.sampling`."""
-    return dataclasses.replace(self.one_step, section="sampling", **options)
+    filters = {name: options[name] for name in ("temperature", "top_k", "top_p")}
+    return dataclasses.replace(self.one_step, section="sampling", **filters)
+
+  def fake_score_params(self, key: Key, teacher: NetworkState) -> Params:
+    """A copy of the teacher's."""
+    del key
+    return copy_tree(teacher.all_params)
+
+  def score_params(self, fake_score_params: Params) -> Params:
+    """All of them."""
+    return fake_score_params
+
+  def init_extra(self) -> tuple[()]:
+    """Nothing."""
+    return ()
 
   def target(self, decoding: MaskGit) -> MaskGit:
     """What Di[M]O really distils: random order, one token a step, guidance and temperature as in

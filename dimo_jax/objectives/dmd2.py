@@ -7,6 +7,7 @@ them from real ones.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -107,6 +108,7 @@ class Dmd2:
   regression_weight: float
   fake_rounds: int
 
+  teacher_kind = "gaussian"
   reuse_samples = True  # the first round takes the samples of the generator's update
 
   def __post_init__(self):
@@ -219,6 +221,18 @@ class Dmd2:
     """Initial `fake_score.params`: a copy of the teacher, and a fresh critic where there is one."""
     params = {"score": copy_tree(teacher.all_params)}
     return params | ({"critic": self.init_critic(key, teacher)} if self.has_critic else {})
+
+  def score_params(self, fake_score_params: Params) -> Params:
+    """The network without the critic."""
+    return fake_score_params["score"]
+
+  def sampler(self, options: Mapping[str, Any]) -> FewStep:
+    """The steps of the training, with the guidance of `config.sampling`."""
+    return dataclasses.replace(self.one_step, guidance_scale=options["guidance_scale"])
+
+  def target(self, decoding: Any) -> None:
+    """None: the student is trained to match what the teacher's best sampling makes."""
+    del decoding
 
   def init_extra(self) -> Any:
     """Initial `extra`: the density ratio's running means, where they are used."""
@@ -421,7 +435,7 @@ class Dmd2:
 
   def _logits(
     self, fake_params: Params, nets: Nets, inputs: Noised, condition: Condition
-  ) -> Float[Array, "b"]:
+  ) -> Float[Array, " b"]:
     """The critic's logits of noised images."""
     if self.critic_features == "teacher":
       features = nets.teacher.predict(inputs, condition, output="bottleneck")

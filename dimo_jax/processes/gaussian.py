@@ -25,16 +25,16 @@ class Noised(struct.PyTreeNode):
   """What a denoiser sees: `xt = x0 + sigma n`."""
 
   xt: Float[Array, "b h w c"]
-  sigma: Float[Array, "b"]
+  sigma: Float[Array, " b"]
 
 
-def per_sample(values: Float[Array, "b"], like: Float[Array, "b *d"]) -> Float[Array, "b *ones"]:
+def per_sample(values: Float[Array, " b"], like: Float[Array, "b *d"]) -> Float[Array, "b *ones"]:
   """One number per sample, in a shape that broadcasts over `like`."""
   return values.reshape(values.shape + (1,) * (like.ndim - 1))
 
 
 def add_noise(
-  x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], sigma: Float[Array, "b"]
+  x0: Float[Array, "b h w c"], noise: Float[Array, "b h w c"], sigma: Float[Array, " b"]
 ) -> Noised:
   """`x0 + sigma noise`, with its level."""
   return Noised(x0 + per_sample(sigma, x0) * noise, sigma)
@@ -125,7 +125,7 @@ def x0_and_noise(output: Float[Array, "b h w c"], inputs: Noised, prediction: st
 
 
 def as_prediction(
-  ends: X0AndNoise, sigma: Float[Array, "b"], prediction: str
+  ends: X0AndNoise, sigma: Float[Array, " b"], prediction: str
 ) -> Float[Array, "b h w c"]:
   """The output a network of that kind gives for this image and noise: undoes `x0_and_noise`."""
   if prediction == "x0":
@@ -144,21 +144,24 @@ def as_prediction(
 class GaussianProcess(Protocol):
   """A table of noise levels and what its networks were trained with."""
 
-  num_levels: int
+  @property
+  def num_levels(self) -> int:
+    """Length of the table."""
+    ...
 
   def sigmas(self) -> np.ndarray:
     """The levels, small first, float32 [num_levels]."""
     ...
 
-  def start(self, noise: Float[Array, "b h w c"], sigma: Float[Array, "b"]) -> Noised:
+  def start(self, noise: Float[Array, "b h w c"], sigma: Float[Array, " b"]) -> Noised:
     """Unit noise as the input of the first step, at level sigma: no image in it."""
     ...
 
-  def loss_weight(self, sigma: Float[Array, "b"]) -> Float[Array, "b"]:
+  def loss_weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
     """Weight of the squared error of x0 in the denoising loss of the family."""
     ...
 
-  def position(self, sigma: Float[Array, "b"]) -> Float[Array, "b"]:
+  def position(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
     """Where a level lies in the range, 0 to 1, for statistics by noise level."""
     ...
 
@@ -188,15 +191,15 @@ class Edm:
     """The Karras table, small first."""
     return karras_sigmas(self.num_levels, self.sigma_min, self.sigma_max, self.rho)
 
-  def start(self, noise: Float[Array, "b h w c"], sigma: Float[Array, "b"]) -> Noised:
+  def start(self, noise: Float[Array, "b h w c"], sigma: Float[Array, " b"]) -> Noised:
     """`sigma noise`."""
     return Noised(per_sample(sigma, noise) * noise, sigma)
 
-  def loss_weight(self, sigma: Float[Array, "b"]) -> Float[Array, "b"]:
+  def loss_weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
     """`1/sigma^2 + 1/sigma_data^2`, which is `1 / c_out^2`."""
     return 1 / jnp.square(sigma) + 1 / self.sigma_data**2
 
-  def position(self, sigma: Float[Array, "b"]) -> Float[Array, "b"]:
+  def position(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
     """Linear in sigma, as f-distill bins it."""
     return (sigma - self.sigma_min) / (self.sigma_max - self.sigma_min)
 
@@ -228,11 +231,11 @@ class VariancePreserving:
     power = alphas_cumprod(self.num_levels, self.schedule, self.beta_start, self.beta_end)
     return np.sqrt((1 - power) / power).astype(np.float32)
 
-  def start(self, noise: Float[Array, "b h w c"], sigma: Float[Array, "b"]) -> Noised:
+  def start(self, noise: Float[Array, "b h w c"], sigma: Float[Array, " b"]) -> Noised:
     """`sqrt(1 + sigma^2) noise`: the network sees unit noise at whatever level."""
     return Noised(per_sample(jnp.sqrt(1 + jnp.square(sigma)), noise) * noise, sigma)
 
-  def loss_weight(self, sigma: Float[Array, "b"]) -> Float[Array, "b"]:
+  def loss_weight(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
     """What makes the weighted error of x0 the plain squared error of the predicted quantity."""
     weights = {
       "x0": lambda: jnp.ones_like(sigma),
@@ -242,7 +245,7 @@ class VariancePreserving:
     }
     return weights[self.prediction]()
 
-  def position(self, sigma: Float[Array, "b"]) -> Float[Array, "b"]:
+  def position(self, sigma: Float[Array, " b"]) -> Float[Array, " b"]:
     """Linear in the timestep."""
     index = jnp.searchsorted(jnp.asarray(self.sigmas()), sigma)
     return index.astype(jnp.float32) / (self.num_levels - 1)

@@ -52,6 +52,16 @@ class Heun:
   s_noise: float = 1.0
   guidance_scale: float = 1.0
 
+  @property
+  def name(self) -> str:
+    """What a table calls it."""
+    return "Heun, stochastic" if self.s_churn else "Heun"
+
+  def at(self, clock: int) -> "Heun":
+    """Itself: nothing warms up."""
+    del clock
+    return self
+
   def __post_init__(self):
     def require(ok: bool, name: str, wanted: str):
       if not ok:
@@ -154,6 +164,11 @@ class FewStep:
       raise UserError(f"{text} start at the noise end, {largest:.6g} or above")
     if self.guidance_scale < 0:
       raise UserError(f"sampling.guidance_scale={self.guidance_scale} must not be negative")
+
+  @property
+  def name(self) -> str:
+    """What a table calls it."""
+    return "one step" if self.num_steps == 1 else "few steps"
 
   @property
   def num_steps(self) -> int:

@@ -23,6 +23,8 @@ class MaskedTeacher:
 
   network: MaskTransformer
 
+  kind = "masked"
+
   def __post_init__(self):
     net = self.network
     if net.num_heads < 1 or net.hidden_dim % net.num_heads:
@@ -34,6 +36,11 @@ class MaskedTeacher:
         raise UserError(f"model.{name}={getattr(net, name)} must be 1 or more")
     if not 0 <= net.dropout < 1:
       raise UserError(f"model.dropout={net.dropout} must lie in [0, 1)")
+
+  @property
+  def forward_flops(self) -> float:
+    """Floating-point operations of one sample's forward pass."""
+    return self.network.forward_flops
 
   @property
   def mask_token_id(self) -> int:

@@ -1,6 +1,6 @@
 """Tokenizers: images to grids of codes and back. Parameters are arguments, never captured."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +10,10 @@ from dimo_jax.types import Array, Float, Int, Params, UserError
 
 @runtime_checkable
 class Tokenizer(Protocol):
-  """What a masked teacher needs of a tokenizer.
+  """Between images and what a teacher models: tokens, or the images themselves.
 
   Attributes:
-    codebook_size: number of codes.
+    codebook_size: number of codes; 0 where it makes no tokens.
     grid: (height, width) in tokens, row-major.
     image_shape: (height, width, channels) of the images, in [-1, 1]; None where the tokenizer
       knows tokens only.
@@ -32,12 +32,12 @@ class Tokenizer(Protocol):
     """Parameters fitted on training images [n, h, w, c]."""
     ...
 
-  def encode(self, params: Params, images: Float[Array, "b h w c"]) -> Int[Array, "b l"]:
-    """Codes of images."""
+  def encode(self, params: Params, images: Float[Array, "b h w c"], /) -> Array:
+    """What the teacher models: codes [b, l], or images."""
     ...
 
-  def decode(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b h w c"]:
-    """Images of codes."""
+  def decode(self, params: Params, encoded: Any, /) -> Float[Array, "b h w c"]:
+    """Images of it."""
     ...
 
 
@@ -102,6 +102,45 @@ class PatchTokenizer:
     (rows, columns), p = self.grid, self.patch_size
     patches = params["codebook"][tokens].reshape(-1, rows, columns, p, p, self.image_shape[-1])
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self.image_shape)
+
+
+class PixelTokenizer:
+  """Images as they are, for teachers that model pixels: nothing is fitted or stored."""
+
+  codebook_size = 0
+  grid = (0, 0)
+
+  def __init__(
+    self,
+    image_shape: tuple[int, int, int] | None,
+    patch_size: int,
+    grid_size: int,
+    codebook_size: int,
+  ):
+    """Takes the arguments of every tokenizer; only the shape counts.
+
+    Raises:
+      UserError: there are no images.
+    """
+    del patch_size, grid_size, codebook_size
+    if image_shape is None:
+      raise UserError("tokenizer.name='pixels' needs images, and data.name='labels' has none")
+    self.image_shape = image_shape
+
+  def fit(self, images: np.ndarray, seed: int) -> Params:
+    """Nothing to fit."""
+    del images, seed
+    return {}
+
+  def encode(self, params: Params, images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """The images themselves."""
+    del params
+    return images
+
+  def decode(self, params: Params, images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """The images, within [-1, 1]."""
+    del params
+    return jnp.clip(images, -1, 1)
 
 
 class NoTokenizer:

@@ -1,0 +1,99 @@
+"""The continuous teacher: a denoiser of images (or latents) with its Gaussian process."""
+
+import dataclasses
+import math
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dimo_jax.models.edm import EDMPrecond, Output, VPPrecond
+from dimo_jax.processes.gaussian import GaussianProcess, Noised
+from dimo_jax.state import NetworkState, copy_tree, split
+from dimo_jax.types import Array, Condition, Key, Params
+
+_NO_UPDATE = optax.set_to_zero()  # one object, so that jitted functions know it again
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianTeacher:
+  """Network and process of a continuous teacher; parameters live in train states.
+
+  Generator and fake score are the same network, so their states are made here too.
+  """
+
+  network: EDMPrecond | VPPrecond
+  process: GaussianProcess
+
+  kind = "gaussian"
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels) of what it denoises."""
+    model = self.network.model
+    return model.img_resolution, model.img_resolution, model.img_channels
+
+  @property
+  def forward_flops(self) -> float:
+    """Floating-point operations of one image's forward pass, as XLA counts the program's."""
+    params = jax.eval_shape(self.init, jax.random.key(0))
+    inputs = Noised(jnp.zeros((1, *self.image_shape)), jnp.ones(1))
+    condition = {"class_id": jnp.zeros(1, jnp.int32)}
+    cost = jax.jit(self.apply).lower(params, inputs, condition).cost_analysis() or {}
+    return cost.get("flops", math.nan)
+
+  def init(self, key: Key) -> Params:
+    """Random parameters."""
+    # Hundreds of initialisers compile several times faster with this generator.
+    key = jax.random.wrap_key_data(jax.random.bits(key, (4,)), impl="unsafe_rbg")
+    augment_dim = self.network.model.augment_dim
+    arguments = (
+      jnp.zeros((1, *self.image_shape)),
+      jnp.ones(1),
+      jnp.zeros(1, jnp.int32),
+      jnp.zeros((1, augment_dim)) if augment_dim else None,
+    )
+    return jax.jit(self.network.init)(key, *arguments)["params"]
+
+  def apply(
+    self,
+    params: Params,
+    inputs: Noised,
+    condition: Condition,
+    *,
+    output: Output = "x0",
+    dropout_key: Key | None = None,
+  ) -> Array:
+    """x0, or the bottleneck's features, or both; dropout is active where its key is given."""
+    denoised = self.network.apply(
+      {"params": params},
+      inputs.xt,
+      inputs.sigma,
+      condition["class_id"],
+      output=output,
+      deterministic=dropout_key is None,
+      rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    return cast(Array, denoised)  # not (output, state): nothing is mutable
+
+  def null_condition(self, condition: Condition) -> Condition:
+    """No class, for every sample."""
+    return {"class_id": jnp.full_like(condition["class_id"], self.network.model.label_dim)}
+
+  def frozen_state(self, params: Params, tokenizer_params: Params) -> NetworkState:
+    """The teacher's own state: nothing in it is ever updated."""
+    return NetworkState.create(
+      apply_fn=self.apply,
+      params=params,
+      tx=_NO_UPDATE,
+      autoencoder=tokenizer_params,
+      null_fn=self.null_condition,
+    )
+
+  def trained_state(self, params: Params, tx: Any, frozen: tuple[str, ...] = ()) -> NetworkState:
+    """A trained network that starts as a copy of `params`; `frozen` are regexes on paths."""
+    trainable, rest = split(copy_tree(params), frozen)
+    return NetworkState.create(
+      apply_fn=self.apply, params=trainable, frozen=rest, tx=tx, null_fn=self.null_condition
+    )
