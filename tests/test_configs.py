@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from configs import base
+from configs import base, digits_dmd2, imagenet64
 from dimo_jax.build import build
 from dimo_jax.health import Health
 from dimo_jax.models.mask_transformer import MaskTransformer
-from dimo_jax.objectives.denoising import MaskedDenoising
+from dimo_jax.models.mlp import DenoisingMLP
+from dimo_jax.models.unet import ADM, SongUNet
+from dimo_jax.objectives.denoising import GaussianDenoising, MaskedDenoising
 from dimo_jax.objectives.dimo import Dimo
+from dimo_jax.objectives.dmd2 import Dmd2
 from dimo_jax.optim import OptimizerSpec
+from dimo_jax.processes.gaussian import Edm, VariancePreserving
+from dimo_jax.samplers.edm import FewStep, Heun
 from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.samplers.one_step import OneStep
 
@@ -26,18 +31,21 @@ ROOT = pathlib.Path(__file__).parent.parent
 PRESETS = sorted(p.stem for p in (ROOT / "configs").glob("[a-z]*.py"))
 FIELDS = sorted(traverse_util.flatten_dict(base.get_config().to_dict(), sep="."))
 
-# Sections that become one object each: unknown fields are refused by its constructor, and the tests
-# of that object flip each of its fields.
+# Sections whose fields are those of an object, or of one of several: their tests flip each field.
 OBJECTS = {
-  "model.": MaskTransformer,
-  "teacher.pretrain.optim.": OptimizerSpec,
-  "teacher.pretrain.": MaskedDenoising,
-  "teacher.decoding.": MaskGit,
-  "dimo.": Dimo,
-  "optim.generator.": OptimizerSpec,
-  "optim.fake_score.": OptimizerSpec,
-  "sampling.": OneStep,
-  "health.": Health,
+  "model.": (MaskTransformer,),
+  "denoiser.": (ADM, SongUNet, DenoisingMLP),
+  "process.": (Edm, VariancePreserving),
+  "teacher.pretrain.optim.": (OptimizerSpec,),
+  "teacher.pretrain.": (MaskedDenoising, GaussianDenoising),
+  "teacher.decoding.": (MaskGit,),
+  "teacher.sampling.": (Heun,),
+  "dimo.": (Dimo,),
+  "dmd2.": (Dmd2,),
+  "optim.generator.": (OptimizerSpec,),
+  "optim.fake_score.": (OptimizerSpec,),
+  "sampling.": (OneStep, FewStep),
+  "health.": (Health,),
 }
 
 
@@ -59,10 +67,11 @@ def read_attributes() -> set[str]:
 
 def object_of(field: str) -> type | None:
   """The class that takes a field as an argument."""
-  for prefix, kind in OBJECTS.items():
+  for prefix, kinds in OBJECTS.items():
     name = field.removeprefix(prefix)
-    if field.startswith(prefix) and name in {f.name for f in dataclasses.fields(kind)}:
-      return kind
+    for kind in kinds:
+      if field.startswith(prefix) and name in {f.name for f in dataclasses.fields(kind)}:
+        return kind
   return None
 
 
@@ -96,14 +105,39 @@ def test_a_preset_only_overrides_and_says_how_it_is_run(preset):
   assert preset == "base" or f"--config=configs/{preset}.py" in module.__doc__
 
 
-@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "base"])
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("base", "imagenet64")])
 def test_a_preset_can_be_built(preset):
   config = importlib.import_module(f"configs.{preset}").get_config()
   config.train.batch_size = max(config.train.batch_size, jax.device_count())
   if preset in ("benchmark", "imagenet256"):
     config.teacher.path = "random"
   experiment = build(config)
-  assert experiment.num_updates == config.train.num_steps * config.dimo.fake_rounds
+  assert experiment.num_updates == config.train.num_steps * config[config.objective].fake_rounds
+
+
+@pytest.mark.parametrize("variant", ["gan", "no_gan"])
+def test_imagenet64_is_the_published_network(variant, tmp_path):
+  """296 M parameters (published); the images here are a stand-in for the data set."""
+  config = imagenet64.get_config(variant)
+  arrays = {}
+  for split in ("train", "test"):
+    arrays[f"images_{split}"] = np.zeros((1000, 64, 64, 3), np.uint8)
+    arrays[f"labels_{split}"] = np.arange(1000)
+  np.savez(tmp_path / "arrays.npz", **arrays)
+  config.data.path = str(tmp_path / "arrays.npz")
+  config.teacher.path = "random"
+  experiment = build(config)
+  shapes = jax.eval_shape(experiment.teacher.init, jax.random.key(0))
+  assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == pytest.approx(296e6, rel=0.002)
+  assert experiment.objective.has_critic is (variant == "gan")
+  assert experiment.student_sampler.sigmas == (80.0,)
+
+
+def test_variants_are_named():
+  assert len(digits_dmd2.get_config("four_step").dmd2.student_sigmas) == 4
+  for module in (digits_dmd2, imagenet64):
+    with pytest.raises(ValueError, match="nope is unknown; known: "):
+      module.get_config("nope")
 
 
 def test_the_published_settings_are_the_defaults():

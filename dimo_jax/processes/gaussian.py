@@ -28,7 +28,7 @@ class Noised(struct.PyTreeNode):
   sigma: Float[Array, " b"]
 
 
-def per_sample(values: Float[Array, " b"], like: Float[Array, "b *d"]) -> Float[Array, "b *ones"]:
+def per_sample(values: Float[Array, " b"], like: Float[Array, " b *d"]) -> Float[Array, " b *ones"]:
   """One number per sample, in a shape that broadcasts over `like`."""
   return values.reshape(values.shape + (1,) * (like.ndim - 1))
 
