@@ -155,7 +155,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     objective=objective,
     generator_optimizer=optimizers["generator"],
     fake_score_optimizer=optimizers["fake_score"],
-    student_sampler=objective.sampler(config.sampling),
+    student_sampler=objective.sampler(config.sampling.to_dict()),
     decoding=decoding,
     protocol=protocol,
   )

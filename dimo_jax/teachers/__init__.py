@@ -1,7 +1,7 @@
 """Teachers: a network, its process and its tokenizer, by name."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ _PRECONDITIONERS: dict[str, type[EDMPrecond] | type[VPPrecond]] = {
 }
 
 
-def pick(kind: type, fields: Mapping[str, Any]) -> dict[str, Any]:
+def pick(kind: type, fields: ml_collections.ConfigDict) -> dict[str, Any]:
   """Those of a config section's fields that a dataclass has: sections serve several kinds."""
   names = {field.name for field in dataclasses.fields(kind)}
   return {name: value for name, value in fields.items() if name in names}
