@@ -122,9 +122,11 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       f"objective={config.objective!r} needs real images with these settings, and"
       f" data.name={config.data.name!r} has none"
     )
-  shapes = jax.eval_shape(teacher.init, jax.random.key(0))
+  key = jax.random.key(0)
+  shapes = jax.eval_shape(teacher.init, key)
   split(shapes, tuple(config.optim.frozen))
   state_sharding(shapes, mesh, config.mesh.rules)
+  jax.eval_shape(lambda p: objective.fake_score_params(key, teacher.frozen_state(p, {})), shapes)
   optimizers = {}
   for name in ("generator", "fake_score"):
     optimizers[name] = OptimizerSpec(**config.optim[name])

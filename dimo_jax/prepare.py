@@ -1,6 +1,7 @@
 """What distillation needs first: data in memory, tokenizer, classifier, a trained teacher."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from dimo_jax.checkpoint import (
   refuse_changes,
   save_params,
 )
-from dimo_jax.convert import maskgit
+from dimo_jax.convert import edm, maskgit
 from dimo_jax.data.sources import Source
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
@@ -104,11 +106,12 @@ def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | N
   arrays, metadata = load_params(path)
   tokenizer = None
   if "teacher" in metadata:
+    _check_process(experiment, path, metadata["teacher"])
     tree = traverse_util.unflatten_dict(arrays, sep="/")
     network, tokenizer = tree["network"], tree.get("tokenizer", {})
   else:
     try:
-      network = maskgit.from_published(arrays, scan_layers=experiment.config.model.scan_layers)
+      network = _from_published(experiment, arrays)
     except UserError as error:
       raise UserError(f"teacher.path={str(path)!r}: {error}") from error
   expected = jax.eval_shape(lambda: random_teacher(experiment))
@@ -126,6 +129,23 @@ def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | N
       f" {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}"
     )
   return jax.tree.map(lambda x: np.asarray(x, np.float32), network), tokenizer
+
+
+def _from_published(experiment: Experiment, arrays: Mapping[str, np.ndarray]) -> Params:
+  if isinstance(experiment.teacher, GaussianTeacher):
+    return edm.from_published(arrays, experiment.teacher.network)
+  return maskgit.from_published(arrays, scan_layers=experiment.config.model.scan_layers)
+
+
+def _check_process(experiment: Experiment, path: Path, trained: Mapping[str, Any]) -> None:
+  """Raises UserError where a teacher of ours was trained for another process or prediction."""
+  for name in ("teacher.name", "process.name", "process.prediction", "process.sigma_data"):
+    wanted = flat_fields(experiment.config, name)[name]
+    if trained.get(name, wanted) != wanted:
+      raise UserError(
+        f"teacher.path={str(path)!r} was trained with {name}={trained[name]!r}, and the config says"
+        f" {wanted!r}"
+      )
 
 
 def check_workdir(experiment: Experiment, workdir: Path) -> None:
@@ -166,7 +186,7 @@ def teacher_fields(experiment: Experiment) -> dict:
     experiment.config,
     "data",
     "tokenizer",
-    "model",
+    *_network_sections(experiment),
     "seed",
     "teacher.name",
     "teacher.pretrain",
@@ -180,7 +200,7 @@ def distill_fields(experiment: Experiment, teacher: Params | None = None) -> dic
     experiment.config,
     "data",
     "tokenizer",
-    "model",
+    *_network_sections(experiment),
     "precision",
     "seed",
     "objective",
@@ -192,6 +212,10 @@ def distill_fields(experiment: Experiment, teacher: Params | None = None) -> dic
   if all(spec.schedule == "constant" for spec in optimizers):
     fields.pop("train.num_steps")  # no schedule depends on it
   return fields if teacher is None else fields | {"teacher.sha256": params_hash(teacher)}
+
+
+def _network_sections(experiment: Experiment) -> tuple[str, ...]:
+  return ("denoiser", "process") if experiment.teacher.kind == "gaussian" else ("model",)
 
 
 def flat_fields(config, *names: str) -> dict:

@@ -21,14 +21,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 NUM_STEPS = 20  # of configs/debug.py, in both stages
 # A row at every step, checkpoints and evaluations at different ones; a constant schedule, so that
 # runs may grow.
-TINY = (
-  "--config=configs/debug.py",
+_OPTIONS = (
   "--config.optim.generator.schedule=constant",
   "--config.optim.fake_score.schedule=constant",
   "--config.log.every_steps=1",
   "--config.log.checkpoint_every_steps=6",
   "--config.log.keep_checkpoints=3",
 )
+TINY = ("--config=configs/debug.py", *_OPTIONS)
+TINY_DMD2 = ("--config=configs/debug.py:dmd2", *_OPTIONS)
 
 
 def environment(shared: pathlib.Path) -> dict[str, str]:
@@ -85,12 +86,12 @@ def shared_folder(tmp_path_factory: Any) -> Iterator[pathlib.Path]:
     yield folder
 
 
-def reference(tmp_path_factory: Any) -> pathlib.Path:
+def reference(tmp_path_factory: Any, command: Sequence[str] = TINY) -> pathlib.Path:
   """The workdir of an uninterrupted run; look, don't touch."""
   with shared_folder(tmp_path_factory) as folder:
-    workdir = folder / "reference"
+    workdir = folder / command[0].rpartition("/")[2].replace(":", "_")
     if not (workdir / "report.html").exists():
-      run(folder, workdir)
+      run(folder, workdir, command=command)
   return workdir
 
 

@@ -102,3 +102,17 @@ def test_condition_shapes():
   (batch,) = condition_batches(5, shape=(3, 2, 4), seed=0, start_step=9, num_steps=1)
   assert batch["class_id"].shape == (3, 2, 4)
   assert batch["class_id"].dtype == np.int32
+
+
+def test_flips_are_random_half_and_the_same_after_a_resume():
+  levels = np.zeros((256, 1, 2, 1), np.uint8)
+  levels[:, :, 1] = 255
+  source = ArraySource(levels, np.zeros(256, np.int32), 1, 256)
+  options = {"batch_size": 64, "seed": 0, "flip": True}
+  batches = list(image_batches(source, start_step=0, num_steps=8, **options))
+  flipped = [batch["image"][:, 0, 0, 0] > 0 for batch in batches]
+  assert 0.4 < np.mean(flipped) < 0.6
+  (resumed,) = image_batches(source, start_step=5, num_steps=1, **options)
+  np.testing.assert_array_equal(resumed["image"], batches[5]["image"])
+  (plain,) = image_batches(source, start_step=5, num_steps=1, batch_size=64, seed=0)
+  assert (plain["image"][:, 0, 0, 0] < 0).all()
