@@ -1,7 +1,9 @@
 """Full-size configs take real steps, on a CPU, from random weights; `make test-full` runs this."""
 
+import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from tests import commands
@@ -10,24 +12,47 @@ from tests import commands
 NUM_MASKGIT_PARAMETERS = 174_160_874
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_imagenet256_takes_two_steps(tmp_path):
+def two_steps(tmp_path: pathlib.Path, *command: str) -> tuple[int, list[dict], pathlib.Path]:
+  """(parameters printed, rows of metrics, workdir) of two iterations at batch 1."""
   workdir = tmp_path / "run"
-  out, _ = commands.run(
-    tmp_path,
-    workdir,
+  arguments = (
     "--config.teacher.path=random",
     "--config.train.batch_size=1",
     "--config.train.num_steps=2",
     "--config.log.every_steps=1",
-    command=("--config=configs/imagenet256.py",),
-    timeout_s=1700,
+    "--config.log.pictures_every_steps=0",
   )
+  out, _ = commands.run(tmp_path, workdir, *arguments, command=command, timeout_s=1700)
   total = re.search(r"Total: ([\d,]+)", out)
-  assert total and int(total[1].replace(",", "")) == NUM_MASKGIT_PARAMETERS
-  rows = commands.rows(workdir / "distill")
+  assert total
+  return int(total[1].replace(",", "")), commands.rows(workdir / "distill"), workdir
+
+
+def check(rows: list[dict], workdir: pathlib.Path) -> None:
   assert [row["step"] for row in rows] == [1, 2]
   assert all(row["generator/grad_norm"] > 0 for row in rows)
   assert rows[0]["generator/loss"] != rows[1]["generator/loss"]
   assert commands.checkpoint_steps(workdir / "distill") == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_imagenet256_takes_two_steps(tmp_path):
+  num_parameters, rows, workdir = two_steps(tmp_path, "--config=configs/imagenet256.py")
+  assert num_parameters == NUM_MASKGIT_PARAMETERS
+  check(rows, workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_imagenet64_takes_two_steps(tmp_path):
+  arrays = {}
+  for split in ("train", "test"):
+    images = np.random.default_rng(0).integers(0, 256, (1000, 64, 64, 3), np.uint8)
+    arrays |= {f"images_{split}": images, f"labels_{split}": np.arange(1000)}
+  np.savez(tmp_path / "images.npz", **arrays)
+  data = f"--config.data.path={tmp_path}/images.npz"
+  num_parameters, rows, workdir = two_steps(tmp_path, "--config=configs/imagenet64.py", data)
+  assert round(num_parameters / 1e6) == 296  # published
+  check(rows, workdir)
+  assert all(np.isfinite(row["critic/loss"]) for row in rows)
