@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dimo_jax.objectives import Objective
+from dimo_jax.objectives import StepObjective
 from dimo_jax.objectives.denoising import GaussianDenoising, MaskedDenoising
 from dimo_jax.optim import ema_rate
 from dimo_jax.state import DistillState, Nets, NetworkState, PretrainState
@@ -47,7 +47,7 @@ def pretrain_step(
 
 
 def distill_step(
-  objective: Objective,
+  objective: StepObjective,
   ema_decay: float,
   ema_every_steps: int,
   state: DistillState,

@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import types
 from typing import Any
 
 import jax
@@ -290,8 +289,6 @@ class Reusing:
 
   fake_rounds: int
   reuse_samples: bool
-  forward_equivalents = types.MappingProxyType({"generator": 1.0})
-  sampler = target = NotImplemented  # for evaluation, which is not under test
 
   def draw_generator(self, key, batch, clock):
     return jax.random.normal(jax.random.fold_in(key, 1), batch["class_id"].shape)

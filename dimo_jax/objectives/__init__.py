@@ -9,26 +9,16 @@ from dimo_jax.samplers import Sampler
 from dimo_jax.state import Nets, NetworkState
 from dimo_jax.types import Array, Batch, Float, Int, Key, Metrics, Params
 
-__all__ = ["OBJECTIVES", "Objective"]
+__all__ = ["OBJECTIVES", "Objective", "StepObjective"]
 
 
 @runtime_checkable
-class Objective(Protocol):
+class StepObjective(Protocol):
   """What `step.distill_step` needs of a method.
 
   Losses see one micro-batch and are deterministic given their draws; `extra` is the objective's own
   small state, handed through. A draw's leaves have a leading micro-batch axis.
   """
-
-  @property
-  def teacher_kind(self) -> str:
-    """The kind of teacher it is for: "masked" or "gaussian"."""
-    ...
-
-  @property
-  def uses_images(self) -> bool:
-    """Whether its batches hold real images; else conditions alone."""
-    ...
 
   @property
   def fake_rounds(self) -> int:
@@ -38,33 +28,6 @@ class Objective(Protocol):
   @property
   def reuse_samples(self) -> bool:
     """Whether the first round takes the generator update's samples."""
-    ...
-
-  @property
-  def forward_equivalents(self) -> Mapping[str, float]:
-    """Forward passes a sample costs in one iteration, by network; a backward pass counts two."""
-    ...
-
-  def sampler(self, options: Mapping[str, Any]) -> Sampler:
-    """The student's sampler at test time; `options` is `config.sampling`."""
-    ...
-
-  def fake_score_params(self, key: Key, teacher: NetworkState) -> Params:
-    """Initial parameters of the fake score: a copy of the teacher's, and what else it needs."""
-    ...
-
-  def score_params(self, fake_score_params: Params) -> Params:
-    """The fake score as a network of the teacher's kind: what of its parameters that is."""
-    ...
-
-  def init_extra(self) -> Any:
-    """Initial `extra`."""
-    ...
-
-  def target(self, decoding: Any) -> Sampler | None:
-    """The teacher's sampler whose distribution the student is trained to match, where that is
-    another one than its `decoding`.
-    """
     ...
 
   def draw_generator(self, key: Key, batch: Batch, clock: Int[Array, ""]) -> Any:
@@ -89,6 +52,48 @@ class Objective(Protocol):
     self, fake_params: Params, nets: Nets, samples: Any, batch: Batch, draws: Any, extra: Any
   ) -> tuple[Float[Array, ""], tuple[Metrics, Any]]:
     """Loss, (metrics, extra)."""
+    ...
+
+
+@runtime_checkable
+class Objective(StepObjective, Protocol):
+  """A method: what the step needs, and what building, sampling and evaluating need."""
+
+  @property
+  def teacher_kind(self) -> str:
+    """The kind of teacher it is for: "masked" or "gaussian"."""
+    ...
+
+  @property
+  def uses_images(self) -> bool:
+    """Whether its batches hold real images; else conditions alone."""
+    ...
+
+  @property
+  def forward_equivalents(self) -> Mapping[str, float]:
+    """Forward passes a sample costs in one iteration, by network; a backward pass counts two."""
+    ...
+
+  def fake_score_params(self, key: Key, teacher: NetworkState) -> Params:
+    """Initial parameters of the fake score: a copy of the teacher's, and what else it needs."""
+    ...
+
+  def score_params(self, fake_score_params: Params) -> Params:
+    """The fake score as a network of the teacher's kind: what of its parameters that is."""
+    ...
+
+  def init_extra(self) -> Any:
+    """Initial `extra`."""
+    ...
+
+  def sampler(self, options: Mapping[str, Any]) -> Sampler:
+    """The student's sampler at test time; `options` is `config.sampling`."""
+    ...
+
+  def target(self, decoding: Any) -> Sampler | None:
+    """The teacher's sampler whose distribution the student is trained to match, where that is
+    another one than its `decoding`.
+    """
     ...
 
 

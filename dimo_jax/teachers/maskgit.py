@@ -40,7 +40,7 @@ class MaskedTeacher:
   @property
   def forward_flops(self) -> float:
     """Floating-point operations of one sample's forward pass."""
-    return self.network.forward_flops
+    return float(self.network.forward_flops)
 
   @property
   def mask_token_id(self) -> int:
