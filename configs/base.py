@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
   config.data = data = ConfigDict()
   data.name = "labels"  # a key of SOURCES, or "labels": classes only, no images
   data.path = ""  # file of a source that reads one
+  data.pairs = ""  # noise-image pairs made by --mode=pairs, for dmd2.regression_weight
   data.flip = False  # mirror training images at random (DMD2 on ImageNet-64 does)
   data.num_classes = 1000  # ImageNet's; the null class is one more
 
@@ -200,6 +201,10 @@ def get_config() -> ConfigDict:
 
   config.train = train = ConfigDict()
   train.num_steps = 50_000  # generator updates
+  # Workdir of an earlier distillation of the same teacher; its weights are where this one starts,
+  # with fresh optimisers, averages, schedules and critic (DMD2's second stage); "" is the teacher.
+  train.start_from = ""
+  train.start_from_best = True  # its best evaluated checkpoint, else its last
   train.batch_size = 128  # samples of one micro-batch over all devices
   train.accumulation = 1  # micro-batches averaged into one update
   train.ema_decay = 0.9999  # the rate is min(ema_decay, (1 + k) / (10 + k)) at update k

@@ -9,7 +9,7 @@ import ml_collections
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from dimo_jax.data.sources import Source, load_source
+from dimo_jax.data.sources import PairSource, Source, load_pairs, load_source
 from dimo_jax.evaluation.protocols import PROTOCOLS, Protocol
 from dimo_jax.objectives import OBJECTIVES, Objective
 from dimo_jax.objectives.denoising import GaussianDenoising, MaskedDenoising
@@ -38,6 +38,7 @@ class Experiment:
     student_sampler: how the student is sampled at test time.
     decoding: the teacher's sampler.
     protocol: how numbers are made; None where evaluation is off.
+    pairs: of noise and the teacher's image, for a regression.
   """
 
   config: ml_collections.ConfigDict
@@ -54,6 +55,7 @@ class Experiment:
   student_sampler: Sampler
   decoding: MaskGit | Heun
   protocol: Protocol | None
+  pairs: PairSource | None
 
   @property
   def num_updates(self) -> int:
@@ -117,6 +119,14 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       f" teacher.name={config.teacher.name!r} is {teacher.kind}"
     )
   objective = objective_type(**objective_fields, **config[config.objective])
+  if objective.uses_pairs != bool(config.data.pairs):
+    raise UserError(
+      f"data.pairs={config.data.pairs!r} goes with dmd2.regression_weight: set both or neither"
+      " (--mode=pairs makes pairs)"
+    )
+  pairs = None
+  if objective.uses_pairs and tokenizer.image_shape:
+    pairs = load_pairs(config.data.pairs, tokenizer.image_shape)
   if objective.uses_images and train_source is None:
     raise UserError(
       f"objective={config.objective!r} needs real images with these settings, and"
@@ -160,6 +170,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     student_sampler=objective.sampler(config.sampling.to_dict()),
     decoding=decoding,
     protocol=protocol,
+    pairs=pairs,
   )
 
 

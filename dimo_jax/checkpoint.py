@@ -148,6 +148,16 @@ class Checkpoints:
       target = target.with_name(f"{step}-{i}")
     path.rename(target)
 
+  def read(self, step: int) -> Any:
+    """A checkpoint's whole tree as it was saved, on the host, whatever its structure."""
+    path = self._directory / str(step) / "default"
+    with ocp.StandardCheckpointer() as checkpointer:
+      return jax.tree.map(np.asarray, checkpointer.restore(path))
+
+  def last_step(self) -> int | None:
+    """The newest step, if there is one."""
+    return self._manager.latest_step()
+
   def best_step(self) -> int | None:
     """The step with the best evaluation, if any was evaluated."""
     return self._manager.best_step()

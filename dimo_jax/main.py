@@ -10,7 +10,7 @@ from absl import flags, logging
 from dimo_jax import cli
 from dimo_jax.types import UserError
 
-MODES = ("train", "evaluate", "sample")
+MODES = ("train", "evaluate", "sample", "pairs")
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
@@ -18,8 +18,11 @@ _CHECKPOINT = flags.DEFINE_enum(
   "checkpoint", "last", ("last", "best"), "--mode=evaluate|sample: the student's checkpoint."
 )
 _LABELS = flags.DEFINE_string("labels", "", "--mode=sample: class ids, as in 3,1,4.")
-_SEED = flags.DEFINE_integer("seed", 0, "--mode=sample: seed of the pictures.")
-_OUT = flags.DEFINE_string("out", "", "--mode=sample: PNG file; default WORKDIR/samples.png.")
+_SEED = flags.DEFINE_integer("seed", 0, "--mode=sample|pairs: seed of what is drawn.")
+_OUT = flags.DEFINE_string(
+  "out", "", "--mode=sample: PNG file, default WORKDIR/samples.png; pairs: .npz file."
+)
+_NUM_PAIRS = flags.DEFINE_integer("num_pairs", 10_000, "--mode=pairs: how many to make.")
 
 
 def _dispatch() -> None:
@@ -28,7 +31,7 @@ def _dispatch() -> None:
   if _MODE.value == "train" and _CHECKPOINT.value != "last":
     raise UserError("--checkpoint=best is for --mode=evaluate and --mode=sample")
   # Imported here, so that a mistyped flag is answered before JAX starts.
-  from dimo_jax import build, evaluate, sample, train
+  from dimo_jax import build, evaluate, pairs, sample, train
   from dimo_jax.preemption import STOP
 
   logging.set_verbosity(logging.FATAL)  # orbax logs every step, and errors before it raises them
@@ -40,6 +43,10 @@ def _dispatch() -> None:
     with _lock(workdir):
       train.train(experiment, workdir)
       evaluate.evaluate_workdir(experiment, workdir)
+  elif _MODE.value == "pairs":
+    _check_writable(workdir)
+    with _lock(workdir):
+      pairs.make_pairs(experiment, workdir, _NUM_PAIRS.value, _SEED.value, _OUT.value)
   elif _MODE.value == "evaluate":
     train.check_trained(workdir)
     _check_writable(workdir)

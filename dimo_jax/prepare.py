@@ -1,6 +1,7 @@
 """What distillation needs first: data in memory, tokenizer, classifier, a trained teacher."""
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from flax import traverse_util
 
 from dimo_jax.build import Experiment
 from dimo_jax.checkpoint import (
+  Checkpoints,
   changed_fields,
   check_record,
   load_params,
@@ -23,11 +25,13 @@ from dimo_jax.convert import edm, maskgit
 from dimo_jax.data.sources import Source
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.state import FirstStage, merge
 from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
 TEACHER_FILE = "teacher.safetensors"
+_DATA = ("data.name", "data.path", "data.num_classes", "data.flip")  # what a first stage reads
 
 
 @functools.lru_cache(maxsize=4)
@@ -148,6 +152,37 @@ def _check_process(experiment: Experiment, path: Path, trained: Mapping[str, Any
       )
 
 
+def first_stage(experiment: Experiment, teacher: Params) -> FirstStage | None:
+  """The weights that `train.start_from` names; None where it names none.
+
+  Raises:
+    UserError: no distillation there, none evaluated, or one of another teacher or other networks.
+  """
+  train = experiment.config.train
+  if not train.start_from:
+    return None
+  field = f"train.start_from={train.start_from!r}"
+  directory = Path(train.start_from) / "distill"
+  if not (directory / "checkpoints").is_dir():
+    raise UserError(f"{field} holds no distillation; name the workdir of a finished one")
+  record = json.loads((directory / "record.json").read_text(encoding="utf-8"))
+  if record.get("teacher.sha256") != params_hash(teacher):
+    raise UserError(f"{field} was distilled from another teacher than this run's")
+  checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
+  step = checkpoints.best_step() if train.start_from_best else checkpoints.last_step()
+  if step is None:
+    raise UserError(f"{field} holds no evaluated checkpoint; set train.start_from_best=False")
+  tree = checkpoints.read(step)
+  checkpoints.close()
+  generator = merge(tree["ema"], tree["generator"]["frozen"] or {})
+  fake_score = merge(tree["fake_score"]["params"], tree["fake_score"]["frozen"] or {})
+  stage = FirstStage(generator, experiment.objective.score_params(fake_score))
+  for weights in stage:
+    if jax.tree.map(np.shape, weights) != jax.tree.map(np.shape, teacher):
+      raise UserError(f"{field} holds other networks than the config's")
+  return stage
+
+
 def check_workdir(experiment: Experiment, workdir: Path) -> None:
   """What the stages would find one after the other, found before any of them computes.
 
@@ -172,19 +207,19 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
 
 def tokenizer_fields(experiment: Experiment) -> dict:
   """What a fitted tokenizer depends on, by flat name."""
-  return flat_fields(experiment.config, "data", "tokenizer", "seed")
+  return flat_fields(experiment.config, *_DATA, "tokenizer", "seed")
 
 
 def classifier_fields(experiment: Experiment) -> dict:
   """What the evaluation's classifier depends on, by flat name."""
-  return flat_fields(experiment.config, "data", "evaluation.protocol")
+  return flat_fields(experiment.config, *_DATA, "evaluation.protocol")
 
 
 def teacher_fields(experiment: Experiment) -> dict:
   """What a teacher's training depends on, by flat name."""
   return flat_fields(
     experiment.config,
-    "data",
+    *_DATA,
     "tokenizer",
     *_network_sections(experiment),
     "seed",

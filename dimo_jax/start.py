@@ -1,6 +1,7 @@
 """What a distillation starts from: states on the mesh, its jitted step, its batches and key."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from dimo_jax.build import Experiment
 from dimo_jax.data.pipeline import condition_batches, image_batches
 from dimo_jax.sharding import Rules, jit_step, replicated, shard_batch, state_sharding
-from dimo_jax.state import DistillState, NetworkState, copy_tree
+from dimo_jax.state import DistillState, FirstStage, NetworkState, copy_tree
 from dimo_jax.step import distill_step
 from dimo_jax.types import Params
 
@@ -25,11 +26,15 @@ def place(state: Any, mesh: Mesh, rules: Rules) -> Any:
   return jax.device_put(state, state_sharding(state, mesh, rules))
 
 
-def initial_state(experiment: Experiment, teacher_params: Params) -> Callable[[], DistillState]:
-  """Makes generator, fake score and average as copies of the teacher, not yet on the mesh.
+def initial_state(
+  experiment: Experiment, teacher_params: Params, weights: FirstStage | None = None
+) -> Callable[[], DistillState]:
+  """Makes generator, fake score and average, not yet on the mesh: copies of the teacher, or the
+  `weights` of an earlier stage.
 
   A function, so that a resumed run needs their shapes only (`jax.eval_shape`).
   """
+  first = weights or FirstStage(teacher_params, teacher_params)
   frozen = tuple(experiment.config.optim.frozen)
   specs = experiment.generator_optimizer, experiment.fake_score_optimizer
   optimizers = [spec.build(experiment.num_updates) for spec in specs]
@@ -37,11 +42,11 @@ def initial_state(experiment: Experiment, teacher_params: Params) -> Callable[[]
   key = jax.random.fold_in(jax.random.key(experiment.config.seed), 4)
 
   def make() -> DistillState:
-    teacher = experiment.teacher.frozen_state(teacher_params, {})
-    fake_params = experiment.objective.fake_score_params(key, teacher)
+    score = experiment.teacher.frozen_state(first.score, {})
+    fake_params = experiment.objective.fake_score_params(key, score)
     generator, fake_score = (
       experiment.teacher.trained_state(params, tx, frozen)
-      for params, tx in zip((teacher_params, fake_params), optimizers, strict=True)
+      for params, tx in zip((first.generator, fake_params), optimizers, strict=True)
     )
     return DistillState(
       generator=generator,
@@ -104,13 +109,24 @@ def distill_batches(experiment: Experiment, start: int, num_steps: int) -> Itera
       start_step=start,
       num_steps=num_steps,
     )
-  for batch in stream:
+  pairs: Iterator[dict[str, Any] | None] = itertools.repeat(None)
+  if experiment.pairs is not None:
+    pairs = image_batches(
+      experiment.pairs,
+      batch_size=math.prod(micro),
+      seed=seed + 1,
+      start_step=start,
+      num_steps=num_steps,
+    )
+  for batch, pair in zip(stream, pairs, strict=False):
     if experiment.objective.uses_images:
       fake_score = {k: v.reshape(rounds, *micro, *v.shape[1:]) for k, v in batch.items()}
       generator = {k: v[0] for k, v in fake_score.items()}
     else:
       generator = {k: v[0] for k, v in batch.items()}
       fake_score = {k: v[1:] for k, v in batch.items()}
+    if pair is not None:
+      generator["pairs"] = {k: v.reshape(*micro, *v.shape[1:]) for k, v in pair.items()}
     yield {
       "generator": shard_batch(generator, experiment.mesh, batch_axis=1),
       "fake_score": shard_batch(fake_score, experiment.mesh, batch_axis=2),

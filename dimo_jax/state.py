@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +111,13 @@ class DistillState(struct.PyTreeNode):
   def ema_params(self) -> Params:
     """The averaged generator, whole."""
     return merge(self.ema, self.generator.frozen)
+
+
+class FirstStage(NamedTuple):
+  """Weights that a distillation starts from, in place of the teacher's."""
+
+  generator: Params
+  score: Params
 
 
 def copy_tree(tree: Any) -> Any:

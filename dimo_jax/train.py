@@ -10,7 +10,7 @@ from clu import parameter_overview
 
 from dimo_jax import prepare
 from dimo_jax.build import Experiment
-from dimo_jax.checkpoint import BEST_METRIC, Checkpoints, check_record
+from dimo_jax.checkpoint import BEST_METRIC, Checkpoints, check_record, params_hash
 from dimo_jax.data.pipeline import image_batches
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.health import Health
@@ -182,7 +182,13 @@ def distill(
   config, directory = experiment.config, workdir / "distill"
   directory.mkdir(parents=True, exist_ok=True)
   check_record(directory, prepare.distill_fields(experiment, teacher_params))
-  make_state = initial_state(experiment, teacher_params)
+  if experiment.pairs and experiment.pairs.teacher_sha256 != params_hash(teacher_params):
+    raise UserError(
+      f"data.pairs={config.data.pairs!r} were made by another teacher than this run's"
+    )
+  make_state = initial_state(
+    experiment, teacher_params, prepare.first_stage(experiment, teacher_params)
+  )
   teacher = teacher_state(experiment, teacher_params, tokenizer_params)
   say(parameter_overview.get_parameter_overview(teacher.params, include_stats=False, max_lines=60))
 

@@ -4,6 +4,8 @@ import json
 import signal
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -11,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from configs import debug
 from dimo_jax import prepare
 from dimo_jax.build import build
+from dimo_jax.samplers.edm import HeunDraws
 from dimo_jax.start import distill_batches
 from dimo_jax.types import UserError
 from tests import commands
@@ -115,3 +118,80 @@ def test_batches_are_real_images_and_the_generators_is_the_first_rounds():
   np.testing.assert_array_equal(first["generator"]["image"], first["fake_score"]["image"][0])
   np.testing.assert_array_equal(second["fake_score"]["image"], again["fake_score"]["image"])
   assert not np.array_equal(first["fake_score"]["image"], second["fake_score"]["image"])
+
+
+# Noise-image pairs, and a second stage.
+
+
+@pytest.fixture(scope="module")
+def second(reference, tmp_path_factory):
+  """(pairs file, workdir) of a second stage: from another run's weights, with a regression."""
+  folder = tmp_path_factory.mktemp("second")
+  teacher = f"--config.teacher.path={reference}/teacher"
+  pairs, workdir = folder / "pairs.npz", folder / "run"
+  with commands.shared_folder(tmp_path_factory) as shared:
+    arguments = ("--mode=pairs", "--num_pairs=100", f"--out={pairs}", teacher)
+    commands.run(shared, workdir, *arguments, command=commands.TINY_DMD2)
+    arguments = (
+      teacher,
+      f"--config.data.pairs={pairs}",
+      "--config.dmd2.regression_weight=0.25",
+      f"--config.train.start_from={reference}",
+      "--config.train.num_steps=2",
+      "--config.evaluation.protocol=none",
+      "--config.log.pictures_every_steps=0",
+    )
+    commands.run(shared, workdir, *arguments, command=commands.TINY_DMD2)
+  return pairs, workdir
+
+
+def test_pairs_are_the_teachers_own(second, reference):
+  pairs, _ = second
+  with np.load(pairs) as file:
+    arrays = dict(file)
+  assert arrays["noise"].shape == arrays["image"].shape == (100, 8, 8, 1)
+  assert abs(arrays["noise"].std() - 1) < 0.05
+  experiment = build(config())
+  network, _ = prepare.load_teacher(experiment, reference / "teacher")
+  teacher = experiment.teacher.frozen_state(network, {})
+  draws = HeunDraws(jnp.asarray(arrays["noise"]), jax.random.split(jax.random.key(0), 4))
+  condition = {"class_id": jnp.asarray(arrays["class_id"])}
+  again = experiment.decoding.integrate(teacher, condition, draws)
+  np.testing.assert_allclose(again, arrays["image"], atol=1e-3)
+
+
+def test_a_second_stage_starts_from_weights_alone(second, reference):
+  _, workdir = second
+  rows = commands.rows(workdir / "distill")
+  assert [row["step"] for row in rows] == [1, 2]
+  assert all(row["generator/regression_loss"] > 0 for row in rows)
+  first = commands.arrays(reference / "distill", _best(reference))
+  state = commands.arrays(workdir / "distill", 2)
+  for name, before in first.items():
+    if name.startswith("ema/"):
+      now = state["generator/params/" + name.removeprefix("ema/")]
+      assert np.abs(now - before).max() < 0.05  # two updates away
+  assert state["generator/step"] == 2 and state["clock"] == 4
+
+
+def _best(workdir):
+  rows = [r for r in commands.rows(workdir / "distill") if "evaluation/frechet_distance" in r]
+  return min(rows, key=lambda row: row["evaluation/frechet_distance"])["step"]
+
+
+def test_unusable_first_stages_and_pairs_are_refused(second, reference, tmp_path):
+  pairs, _ = second
+  experiment = build(config(train__start_from=str(tmp_path)))
+  network, _ = prepare.load_teacher(experiment, reference / "teacher")
+  with pytest.raises(UserError, match=r"train\.start_from=.* holds no distillation"):
+    prepare.first_stage(experiment, network)
+  experiment = build(config(train__start_from=str(reference)))
+  with pytest.raises(UserError, match="distilled from another teacher"):
+    prepare.first_stage(experiment, jax.tree.map(lambda x: x + 1, network))
+  for changes, text in (
+    ({"data__pairs": str(pairs)}, "set both or neither"),
+    ({"dmd2__regression_weight": 1.0}, "set both or neither"),
+    ({"dmd2__regression_weight": 1.0, "data__pairs": "nowhere.npz"}, "cannot be read"),
+  ):
+    with pytest.raises(UserError, match=text):
+      build(config(**changes))

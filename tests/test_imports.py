@@ -33,7 +33,7 @@ build
 prepare
 hooks start
 train
-sample evaluate benchmark
+sample evaluate benchmark pairs
 main
 """
 RANK = {name: row for row, line in enumerate(LAYERS.split("\n")) for name in line.split()}

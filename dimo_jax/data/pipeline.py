@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from dimo_jax.data.sources import Source
+from dimo_jax.data.sources import PairSource, Source
 
 __all__ = ["condition_batches", "image_batches"]
 
@@ -20,7 +20,7 @@ READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 def image_batches(
-  source: Source,
+  source: Source | PairSource,
   *,
   batch_size: int,
   seed: int,
@@ -28,7 +28,7 @@ def image_batches(
   num_steps: int,
   flip: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Batches of steps start_step .. start_step + num_steps - 1, numpy.
+  """Batches of steps start_step .. start_step + num_steps - 1, numpy, of images or pairs.
 
   Every epoch is a new uniform order in which each sample comes once. Batches run on across the end
   of an epoch, so no sample is dropped and `batch_size` may exceed `len(source)`.
@@ -38,7 +38,8 @@ def image_batches(
     flip: mirror each sample left to right, or not, at random.
 
   Yields:
-    {"image": float32 [batch_size, h, w, c] in [-1, 1], "class_id": int32 [batch_size]}.
+    The source's samples, stacked: {"image": float32 [batch_size, h, w, c] in [-1, 1], "class_id":
+    int32 [batch_size]}.
   """
   # Grain shuffles epoch e with seed + e: without the hash, run 1 would be run 0 an epoch later.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 from dimo_jax.types import UserError, choose
 
-__all__ = ["SOURCES", "SPLITS", "ArraySource", "Source", "load_source"]
+__all__ = ["SOURCES", "SPLITS", "ArraySource", "PairSource", "Source", "load_pairs", "load_source"]
 
 SPLITS = ("train", "test")
 
@@ -131,17 +131,56 @@ def _arrays(split: str, path: str | None) -> Source:
   return ArraySource(images, labels.astype(np.int32), num_classes, num_levels=256)
 
 
-def _read_npz(path: str, keys: list[str]) -> dict[str, np.ndarray]:
+@dataclass(frozen=True, eq=False)
+class PairSource:
+  """Noise-image pairs of a teacher, held in memory."""
+
+  noise: Float32[np.ndarray, "n h w c"]
+  image: Float32[np.ndarray, "n h w c"]
+  class_id: Int32[np.ndarray, " n"]
+  teacher_sha256: str
+
+  def __len__(self) -> int:
+    return len(self.noise)
+
+  def __getitem__(self, index: SupportsIndex, /) -> dict[str, np.ndarray]:
+    fields = {"noise": self.noise, "image": self.image, "class_id": self.class_id}
+    return {name: np.asarray(array[index]) for name, array in fields.items()}
+
+
+def load_pairs(path: str, image_shape: tuple[int, int, int]) -> PairSource:
+  """The pairs that `--mode=pairs` wrote.
+
+  Raises:
+    UserError: no such file, or not pairs of this shape.
+  """
+  keys = ["noise", "image", "class_id", "teacher_sha256"]
+  arrays = _read_npz(path, keys, field="data.pairs")
+  for name in ("noise", "image"):
+    if arrays[name].shape[1:] != image_shape or not len(arrays[name]):
+      raise UserError(
+        f"data.pairs={path!r}: {name} is {list(arrays[name].shape)}, must be"
+        f" [n, {', '.join(map(str, image_shape))}]"
+      )
+  return PairSource(
+    arrays["noise"].astype(np.float32),
+    arrays["image"].astype(np.float32),
+    arrays["class_id"].astype(np.int32),
+    str(arrays["teacher_sha256"]),
+  )
+
+
+def _read_npz(path: str, keys: list[str], field: str = "data.path") -> dict[str, np.ndarray]:
   """The named arrays of a .npz file; never unpickles."""
   try:
     with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
       return {key: file[key] for key in keys}
   except OSError as error:
-    raise UserError(f"data.path={path!r} cannot be read: {error.strerror or error}") from error
+    raise UserError(f"{field}={path!r} cannot be read: {error.strerror or error}") from error
   except KeyError as error:
     raise UserError(f"{path}: no array named {error.args[0].split()[0]!r}") from error
   except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-    raise UserError(f"data.path={path!r} is no .npz file of plain arrays: {error}") from error
+    raise UserError(f"{field}={path!r} is no .npz file of plain arrays: {error}") from error
 
 
 SOURCES: dict[str, Callable[[str, str | None], Source]] = {"digits": _digits, "arrays": _arrays}

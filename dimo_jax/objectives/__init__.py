@@ -70,6 +70,11 @@ class Objective(StepObjective, Protocol):
     ...
 
   @property
+  def uses_pairs(self) -> bool:
+    """Whether the generator's batches hold noise-image pairs."""
+    ...
+
+  @property
   def forward_equivalents(self) -> Mapping[str, float]:
     """Forward passes a sample costs in one iteration, by network; a backward pass counts two."""
     ...

@@ -93,6 +93,7 @@ class Dimo:
 
   teacher_kind = "masked"
   uses_images = False
+  uses_pairs = False
   reuse_samples = False  # every fake-score round generates afresh
 
   def __post_init__(self):

@@ -181,6 +181,11 @@ class Dmd2:
     return Critic(self.critic_groups)
 
   @property
+  def uses_pairs(self) -> bool:
+    """Whether there is a regression."""
+    return self.regression_weight > 0
+
+  @property
   def uses_images(self) -> bool:
     """Whether a loss looks at real images."""
     several = len(self.student_sigmas) > 1
