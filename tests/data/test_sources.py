@@ -568,9 +568,12 @@ def test_bad_tfds_data_are_one_line(change, message, tmp_path):
   assert "\n" not in str(error.value)
 
 
-def test_a_damaged_tfds_image_is_named(tmp_path):
+def test_a_wrong_tfds_image_is_named(tmp_path):
   write_tfds(tmp_path)
   source = load_source("tfds", "train", str(tmp_path), tfds_name="tiny")
   broken = dataclasses.replace(source, records=[{"image": b"no image", "label": 0}])
   with pytest.raises(UserError, match=r"tfds_name='tiny', split 'train', record 0 cannot be read"):
     broken[0]
+  other = dataclasses.replace(source, image_shape=(4, 4, 3))
+  with pytest.raises(UserError, match=r"tfds_name='tiny', split 'train', record 2 has 5x4 pixels"):
+    other[2]
