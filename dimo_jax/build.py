@@ -86,7 +86,14 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     train_source = test_source = None
   else:
     train_source, test_source = (
-      load_source(config.data.name, split, config.data.path) for split in ("train", "test")
+      load_source(
+        config.data.name,
+        split,
+        config.data.path,
+        image_size=config.data.image_size,
+        tfds_name=config.data.tfds_name,
+      )
+      for split in ("train", "test")
     )
     if config.data.num_classes != train_source.num_classes:
       raise UserError(

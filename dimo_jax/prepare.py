@@ -31,7 +31,10 @@ from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
 TEACHER_FILE = "teacher.safetensors"
-_DATA = ("data.name", "data.path", "data.num_classes", "data.flip")  # what a first stage reads
+# What every stage reads of its data; pairs are for a distillation alone.
+_DATA = tuple(
+  f"data.{name}" for name in ("name", "path", "tfds_name", "image_size", "num_classes", "flip")
+)
 
 
 @functools.lru_cache(maxsize=4)

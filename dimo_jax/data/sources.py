@@ -8,9 +8,21 @@ from typing import Protocol, SupportsIndex, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
+from dimo_jax.data.folders import load_folder
+from dimo_jax.data.images import sample
+from dimo_jax.data.tfds import load_tfds
 from dimo_jax.types import UserError, choose
 
-__all__ = ["SOURCES", "SPLITS", "ArraySource", "PairSource", "Source", "load_pairs", "load_source"]
+__all__ = [
+  "SOURCES",
+  "SPLITS",
+  "ArraySource",
+  "PairSource",
+  "Row",
+  "Source",
+  "load_pairs",
+  "load_source",
+]
 
 SPLITS = ("train", "test")
 
@@ -57,9 +69,7 @@ class ArraySource:
     return len(self.levels)
 
   def __getitem__(self, index: SupportsIndex, /) -> dict[str, np.ndarray]:
-    scale = np.float32(2 / (self.num_levels - 1))
-    image = self.levels[index].astype(np.float32) * scale - np.float32(1)
-    return {"image": image, "class_id": np.asarray(self.labels[index])}
+    return sample(self.levels[index], self.labels[index], self.num_levels)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -67,29 +77,40 @@ class ArraySource:
     return h, w, c
 
 
-def load_source(name: str, split: str, path: str | None = None) -> Source:
+def load_source(
+  name: str, split: str, path: str | None = None, *, image_size: int = 0, tfds_name: str = ""
+) -> Source:
   """The `split` ("train" or "test") of the source that the config calls `name`.
 
   Args:
-    path: where the data lie, for sources that read a file; None or "" for the others.
+    path: where the data lie, for sources that read files; None or "" for the others.
+    image_size: pixels a side that images are scaled and cropped to; 0 where all have one size.
+    tfds_name: of the data set, for "tfds".
 
   Raises:
-    UserError: unknown name or split, a path that is missing, not wanted or holds bad data.
+    UserError: unknown name or split, a field that is missing, not wanted or names bad data.
   """
-  load = choose(SOURCES, name, "data.name")
+  row = choose(SOURCES, name, "data.name")
   if split not in SPLITS:
     raise UserError(f"split={split!r} is unknown; known: {', '.join(SPLITS)}")
-  return load(split, path or None)
+  given = {"path": path or None, "image_size": image_size, "tfds_name": tfds_name}
+  for field, value in given.items():
+    if value and field not in row.fields:
+      right = "0" if field == "image_size" else "empty"
+      raise UserError(
+        f"data.{field}={value!r} has no use with data.name={name!r}; leave it {right}"
+      )
+  if image_size < 0:
+    raise UserError(f"data.image_size={image_size} must be positive, or 0 for images of one size")
+  return row.load(split, **{field: given[field] for field in row.fields})
 
 
-def _digits(split: str, path: str | None) -> Source:
+def _digits(split: str) -> Source:
   """scikit-learn's 1797 grey 8x8 digits with levels 0..16: 1437 train, 360 test, stratified."""
   # Imported here because scikit-learn takes a second and other sources do without.
   from sklearn.datasets import load_digits
   from sklearn.model_selection import train_test_split
 
-  if path is not None:
-    raise UserError(f"data.path={path!r} has no use with data.name='digits'; leave it empty")
   bunch = load_digits()
   # Not the run's seed: the test images stay the same whatever a run does.
   rows = train_test_split(
@@ -183,4 +204,17 @@ def _read_npz(path: str, keys: list[str], field: str = "data.path") -> dict[str,
     raise UserError(f"{field}={path!r} is no .npz file of plain arrays: {error}") from error
 
 
-SOURCES: dict[str, Callable[[str, str | None], Source]] = {"digits": _digits, "arrays": _arrays}
+@dataclass(frozen=True)
+class Row:
+  """How a source is loaded, and which fields of `config.data` it reads besides the name."""
+
+  load: Callable[..., Source]
+  fields: tuple[str, ...] = ()
+
+
+SOURCES = {
+  "digits": Row(_digits),
+  "arrays": Row(_arrays, ("path",)),
+  "folder": Row(load_folder, ("path", "image_size")),
+  "tfds": Row(load_tfds, ("path", "image_size", "tfds_name")),
+}

@@ -1,0 +1,112 @@
+"""Image files in one folder for each class."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+import numpy as np
+from jaxtyping import Int32
+
+from dimo_jax.data.images import check_shape, decode_image, sample
+from dimo_jax.types import UserError
+
+__all__ = ["FolderSource", "load_folder"]
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+FOLDERS = {"train": ("train",), "test": ("val", "test")}  # of a split: the first that is there
+
+
+@dataclass(frozen=True, eq=False)
+class FolderSource:
+  """Image files, RGB, decoded when they are asked for.
+
+  Attributes:
+    image_size: as in `decode_image`.
+  """
+
+  paths: Sequence[str]
+  labels: Int32[np.ndarray, " n"]
+  num_classes: int
+  image_shape: tuple[int, int, int]
+  image_size: int
+  num_levels: int = 256
+
+  def __len__(self) -> int:
+    return len(self.paths)
+
+  def __getitem__(self, index: SupportsIndex, /) -> dict[str, np.ndarray]:
+    path = self.paths[index.__index__()]
+    levels = decode_image(path, path, image_size=self.image_size)
+    check_shape(levels, self.image_shape, path)
+    return sample(levels, self.labels[index], self.num_levels)
+
+
+def load_folder(split: str, path: str | None, image_size: int) -> FolderSource:
+  """The files path/{train, val or test}/<class name>/*.{png,jpg,jpeg,webp}, in order of name.
+
+  Classes are the sorted names of the folders in train. The split "test" is val where there is one,
+  else test. Hidden files are passed over.
+  """
+  if path is None or not os.path.isdir(path):
+    raise UserError(
+      f"data.path={path or ''!r} must be the folder that holds train and val or test, with"
+      " data.name='folder'"
+    )
+  try:
+    return _load(split, path, image_size)
+  except OSError as error:
+    raise UserError(
+      f"data.path={path!r} cannot be read: {error.filename}: {error.strerror or error}"
+    ) from error
+
+
+def _load(split: str, path: str, image_size: int) -> FolderSource:
+  train, test = (_split_folder(path, FOLDERS[name]) for name in ("train", "test"))
+  classes, test_classes = _visible(train, os.DirEntry.is_dir), _visible(test, os.DirEntry.is_dir)
+  if not classes:
+    raise UserError(f"{train} has no folders, must have one of images for each class")
+  if classes != test_classes:
+    differences = [
+      f"only {folder} has {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+      for folder, names in (
+        (train, sorted({*classes} - {*test_classes})),
+        (test, sorted({*test_classes} - {*classes})),
+      )
+      if names
+    ]
+    raise UserError(f"data.path={path!r} must have one set of classes: {'; '.join(differences)}")
+  files = [_images(os.path.join(train if split == "train" else test, c)) for c in classes]
+  if image_size:
+    h = w = image_size
+  else:
+    first = _images(os.path.join(train, classes[0]))[0]
+    h, w, _ = decode_image(first, first, image_size=0).shape
+  return FolderSource(
+    paths=[file for names in files for file in names],
+    labels=np.repeat(np.arange(len(classes), dtype=np.int32), [len(names) for names in files]),
+    num_classes=len(classes),
+    image_shape=(h, w, 3),
+    image_size=image_size,
+  )
+
+
+def _split_folder(path: str, names: Sequence[str]) -> str:
+  for name in names:
+    if os.path.isdir(os.path.join(path, name)):
+      return os.path.join(path, name)
+  raise UserError(f"data.path={path!r} must have a folder {' or '.join(map(repr, names))}")
+
+
+def _visible(folder: str, wanted: Callable[[os.DirEntry], bool]) -> list[str]:
+  """Sorted names of the wanted entries of a folder."""
+  with os.scandir(folder) as entries:
+    return sorted(e.name for e in entries if not e.name.startswith(".") and wanted(e))
+
+
+def _images(folder: str) -> list[str]:
+  """Paths of the images of a class."""
+  names = _visible(folder, lambda entry: entry.name.lower().endswith(EXTENSIONS))
+  if not names:
+    raise UserError(f"{folder} has no images, must have some of {', '.join(EXTENSIONS)}")
+  return [os.path.join(folder, name) for name in names]
