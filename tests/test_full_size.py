@@ -51,8 +51,12 @@ def test_imagenet64_takes_two_steps(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (1000, 64, 64, 3), np.uint8)
     arrays |= {f"images_{split}": images, f"labels_{split}": np.arange(1000)}
   np.savez(tmp_path / "images.npz", **arrays)
-  data = f"--config.data.path={tmp_path}/images.npz"
-  num_parameters, rows, workdir = two_steps(tmp_path, "--config=configs/imagenet64.py", data)
+  data = (
+    "--config.data.name=arrays",
+    "--config.data.tfds_name=",
+    f"--config.data.path={tmp_path}/images.npz",
+  )
+  num_parameters, rows, workdir = two_steps(tmp_path, "--config=configs/imagenet64.py", *data)
   assert round(num_parameters / 1e6) == 296  # published
   check(rows, workdir)
   assert all(np.isfinite(row["critic/loss"]) for row in rows)
