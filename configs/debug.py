@@ -1,4 +1,4 @@
-"""Seconds on a CPU: every stage of a run at a size that proves nothing but the wiring.
+"""Every stage of a run at a size that proves nothing but the wiring; most of it is compilation.
 
 python -m dimo_jax.main --config=configs/debug.py --workdir=/tmp/debug
 python -m dimo_jax.main --config=configs/debug.py:dmd2 --workdir=/tmp/debug_dmd2

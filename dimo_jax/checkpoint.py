@@ -27,6 +27,7 @@ from dimo_jax.sharding import Rules, state_sharding
 from dimo_jax.types import Array, Params, UserError
 from dimo_jax.writers import say, write_atomically
 
+_MAX_LISTED = 8  # changed fields named in one line
 BEST_METRIC = "evaluation/frechet_distance"  # lower is better
 
 
@@ -234,9 +235,11 @@ def changed_fields(directory: Path, fields: Mapping[str, Any]) -> dict[str, str]
 def refuse_changes(directory: Path, changed: Mapping[str, str]) -> None:
   """Raises UserError, naming every changed field, if there are any."""
   if changed:
-    listed = "; ".join(f"{name} {change}" for name, change in sorted(changed.items()))
+    order = sorted(changed.items(), key=lambda item: (item[0] != "objective", item[0]))
+    listed = "; ".join(f"{name} {change}" for name, change in order[:_MAX_LISTED])
+    more = f"; and {len(order) - _MAX_LISTED} more" if len(order) > _MAX_LISTED else ""
     raise UserError(
-      f"{directory} was begun with another config: {listed}."
+      f"{directory} was begun with another config: {listed}{more}."
       " Undo the change, or use a new --workdir"
     )
 

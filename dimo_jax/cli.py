@@ -9,6 +9,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from dimo_jax.allocator import keep_freed_memory
+from dimo_jax.preemption import RESUME_EXIT_CODE, STOP, Preempted
 from dimo_jax.types import UserError
 
 BAD_INPUT, STOPPED = 2, 3  # exit codes, beside preemption.RESUME_EXIT_CODE
@@ -18,9 +19,9 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.
 
 def run(dispatch: Callable[[], None]) -> None:
   """Parses the flags and runs a command; every way to fail has its line and its exit code."""
+  STOP.install()  # before the long imports: an early Ctrl-C would break into them
   keep_freed_memory()
   from dimo_jax.health import RunStopped, disk_is_full
-  from dimo_jax.preemption import RESUME_EXIT_CODE, Preempted
 
   try:
     app.run(lambda argv: _checked(argv, dispatch), flags_parser=_parse_flags)
@@ -52,13 +53,16 @@ def _parse_flags(argv: list[str]) -> list[str]:
   except (AttributeError, KeyError) as error:  # its text may name the nearest field
     words = set(re.findall(r"\w+", str(error)))
     given = [arg for arg in argv[1:] if words & set(re.split("[.=]", arg)[1:])]
-    near = re.findall(r'Did you mean ("\w+")', str(error)) if given else []
+    near = re.findall(r'Did you mean "(\w+)"', str(error)) if given else []
     text = f"{given[-1]}: no such field" if given else f"--config: {error}"
-    raise UserError("; did you mean ".join([text, *near])) from error
+    raise UserError(text + "".join(f"; did you mean {name!r}?" for name in near)) from error
   except OSError as error:
     raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
   except (flags.Error, TypeError, ValueError) as error:
-    raise UserError(" ".join(str(error).split())) from error
+    # A config file's own error arrives with its whole traceback; its last line says it.
+    lines = str(error).strip().splitlines()
+    text = lines[-1].partition(": ")[2] if "Traceback" in str(error) else " ".join(lines)
+    raise UserError(" ".join(text.split())) from error
 
 
 def _fail(error: object, code: int) -> int:

@@ -43,7 +43,7 @@ def evaluate(
   rows: list[dict[str, Any]] = [
     {"model": "real", "sampler": "test split", "steps": 0, **floor, "images_per_second": None}
   ]
-  say(f"evaluation: floor {floor['frechet_distance']:.4f}")
+  say(f"evaluation: floor (real test images) {floor['frechet_distance']:.4f}")
 
   student = sampling_network(experiment, state.ema_params, teacher.autoencoder)
   runs: list[tuple[str, Sampler, NetworkState]] = [
@@ -81,6 +81,7 @@ def _report(
 ) -> None:
   classifier = reference.classifier
   protocol = reference.protocol
+  test_labels = experiment.source("test").labels
   grids = sorted((workdir / "distill" / "pictures").glob("step_*.png"))
   chosen = grids[:1] + grids[-1:] if len(grids) > 1 else grids
   notes = [
@@ -89,7 +90,8 @@ def _report(
     f" {classifier.test_accuracy:.4f}, seed {classifier.seed}, weights sha256"
     f" {classifier.weight_hash()}: a function of the data and its own seed, never of a generator.",
     "The normalized distance is divided by the trace of the reference covariance. Row 'real' is the"
-    " test split against the training split: the floor.",
+    f" test split, {len(test_labels)} images, against the training split: the floor. A distance"
+    f" falls as images are added, so rows of {protocol.num_images} images may lie below it.",
   ]
   target = experiment.objective.target(experiment.decoding)
   if target is not None:

@@ -8,6 +8,7 @@ from typing import IO
 from absl import flags, logging
 
 from dimo_jax import cli
+from dimo_jax.preemption import STOP
 from dimo_jax.types import UserError
 
 MODES = ("train", "evaluate", "sample", "pairs")
@@ -32,11 +33,10 @@ def _dispatch() -> None:
     raise UserError("--checkpoint=best is for --mode=evaluate and --mode=sample")
   # Imported here, so that a mistyped flag is answered before JAX starts.
   from dimo_jax import build, evaluate, pairs, sample, train
-  from dimo_jax.preemption import STOP
 
   logging.set_verbosity(logging.FATAL)  # orbax logs every step, and errors before it raises them
   experiment, workdir = build.build(cli.CONFIG.value), Path(_WORKDIR.value)
-  STOP.install()
+  STOP.raise_if_set()
   best = _CHECKPOINT.value == "best"
   if _MODE.value == "train":
     _check_writable(workdir)

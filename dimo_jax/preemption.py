@@ -26,9 +26,10 @@ class StopRequest:
     del frame
     self.signal = number
     # Not print: the signal may have come in the middle of one.
-    os.write(1, f"{signal.Signals(number).name}: stopping after this step\n".encode())
+    name = signal.Signals(number).name
+    os.write(1, f"{name}: stopping after this step; Ctrl-C stops at once\n".encode())
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers repeat it while the state is saved
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
 
   def raise_if_set(self) -> None:
     """Raises Preempted once a signal has come."""

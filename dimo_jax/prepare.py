@@ -59,7 +59,8 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
     decoded = experiment.tokenizer.decode(params, experiment.tokenizer.encode(params, images))
     error = float(jnp.mean((decoded - images) ** 2))
     save_params(path, params, {"name": config.tokenizer.name, "train_mse": error})
-    say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
+    if experiment.tokenizer.codebook_size:
+      say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
   params, _ = load_params(path)
   return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(params, sep="/"))
 

@@ -46,6 +46,7 @@ class Writer:
   def __init__(self, directory: Path, name: str, start_step: int, num_steps: int):
     self._name, self._num_steps, self._start_step = name, num_steps, start_step
     self._began = time.perf_counter()
+    self._first: tuple[int, float] | None = None  # (step, seconds) of the first row
     self._enabled = jax.process_index() == 0
     if not self._enabled:
       return
@@ -68,7 +69,11 @@ class Writer:
     if not self._enabled:
       return
     seconds = time.perf_counter() - self._began
-    rate = (step - self._start_step) / seconds if step > self._start_step else 0.0
+    if self._first is None:  # compilation is over once the first row is here
+      self._first = (step, seconds)
+      rate = (step - self._start_step) / seconds
+    else:
+      rate = (step - self._first[0]) / max(seconds - self._first[1], 1e-9)
     row = {"step": step, **{k: float(v) for k, v in sorted(values.items())}}
     row |= {"seconds": round(seconds, 3), "steps_per_second": round(rate, 4)}
     self._rows.write(json.dumps(row) + "\n")

@@ -71,8 +71,8 @@ def refused(command, tmp_path):
 @pytest.mark.parametrize(
   ("argument", "needles"),
   [
-    ("--config.dimo.r_int=0.5", ["--config.dimo.r_int=0.5", '"r_init"']),
-    ("--config.dimoo.r_init=0.5", ["--config.dimoo.r_init=0.5", '"dimo"']),
+    ("--config.dimo.r_int=0.5", ["--config.dimo.r_int=0.5", "'r_init'"]),
+    ("--config.dimoo.r_init=0.5", ["--config.dimoo.r_init=0.5", "'dimo'"]),
     ("--config.train.num_steps=abc", ["--config.train.num_steps", "abc", "int"]),
     ("--config.dimo.dropout=maybe", ["--config.dimo.dropout", "maybe", "oolean"]),
     ("--config.train=3", ["--config.train", "3"]),
@@ -141,6 +141,7 @@ def test_a_bad_value_has_one_line_that_says_what_is_right(refused, argument, nee
 @pytest.mark.parametrize(
   ("arguments", "needles"),
   [
+    (["--config=configs/debug.py:dmd"], ["error: configs/debug.py:dmd is unknown; known: dimo,"]),
     (["--config=configs/nowhere.py"], ["--config", "configs/nowhere.py", "No such file"]),
     ([], ["--config is missing", "configs/digits.py"]),
     (

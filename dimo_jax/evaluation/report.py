@@ -185,7 +185,7 @@ def _best(results: Iterable[Row], model: str, sampler: str | None = None) -> Row
 def _summary(results: Sequence[Row]) -> list[dict[str, str]]:
   """The three numbers to compare first: student, teacher, and the floor of real data."""
   cards = []
-  titles = {"student": "Best student", "teacher": "Best teacher", "real": "Real data (floor)"}
+  titles = {"student": "Best student", "teacher": "Best teacher", "real": "Real data, test split"}
   for model, title in titles.items():
     row = _best(results, model)
     if row is None:
