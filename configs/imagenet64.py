@@ -12,8 +12,8 @@ Without a variant: one stage with the GAN from scratch. DATA_DIR is tfds's, with
 `imagenet_resized/64x64` prepared in it.
 
 Published (arXiv:2405.14867, batch 280 on 7 GPUs): FID 2.61 after the first stage (410k fake-score
-updates), 1.28 after the second (140k more), 1.51 from scratch (200k). Not run to the end here: two
-iterations with random weights are. `train.num_steps` counts generator updates, one in five. No
+updates), 1.28 after the second (140k more), 1.51 from scratch (200k). Not run here beyond
+building the networks. `train.num_steps` counts generator updates, one in five. No
 evaluation protocol with Inception features is there yet, so `train.start_from` takes the last
 checkpoint.
 """
