@@ -256,14 +256,14 @@ def test_the_config_has_every_field_of_the_objective():
 
 def test_the_target_reveals_one_token_a_step():
   decoding = MaskGit(
-    grid=(3, 3),
+    grid=(4, 4),
     codebook_size=CODEBOOK_SIZE,
     mask_token_id=CODEBOOK_SIZE,
     **base.get_config().teacher.decoding.to_dict(),
   )
-  objective = dimo(teacher_guidance=1.25, teacher_temperature=0.8)
+  objective = dimo(num_tokens=16, teacher_guidance=1.25, teacher_temperature=0.8)
   target = objective.target(decoding)
-  assert target.counts().tolist() == [1] * 9
+  assert target.counts().tolist() == [1] * 16
   assert (target.order, target.temperature, target.guidance_scale) == ("random", 0.8, 1.25)
   assert not target.guidance_ramp
 
