@@ -33,7 +33,7 @@ build
 prepare
 hooks start
 train
-sample evaluate benchmark pairs
+sample evaluate benchmark pairs study
 main
 """
 RANK = {name: row for row, line in enumerate(LAYERS.split("\n")) for name in line.split()}
