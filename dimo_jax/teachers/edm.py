@@ -10,7 +10,17 @@ import jax.numpy as jnp
 from dimo_jax.models.edm import EDMPrecond, Output, VPPrecond
 from dimo_jax.processes.gaussian import GaussianProcess, Noised
 from dimo_jax.teachers.network import ClassNetwork
-from dimo_jax.types import Array, Condition, Key, Params
+from dimo_jax.types import Array, Condition, Key, Params, UserError
+
+# Of the denoisers' fields, those that count something; each has some of them.
+_SIZES = (
+  "model_channels",
+  "channel_mult_emb",
+  "channel_mult_noise",
+  "channels_per_head",
+  "num_blocks",
+  "hidden_dim",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +31,16 @@ class GaussianTeacher(ClassNetwork):
   process: GaussianProcess
 
   kind = "gaussian"
+
+  def __post_init__(self):
+    model = self.network.model
+    for name in _SIZES:
+      if getattr(model, name, 1) < 1:
+        raise UserError(f"denoiser.{name}={getattr(model, name)} must be 1 or more")
+    if model.augment_dim < 0:
+      raise UserError(f"denoiser.augment_dim={model.augment_dim} must not be negative; 0 is none")
+    if not 0 <= model.dropout < 1:
+      raise UserError(f"denoiser.dropout={model.dropout} must lie in [0, 1)")
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
