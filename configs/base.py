@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
   process.schedule = "scaled_linear"  # "variance_preserving": or "linear", "cosine" (SD 1.5)
   process.beta_start = 0.00085  # there (SD 1.5)
   process.beta_end = 0.012
-  process.prediction = "epsilon"  # there: what the network was trained on; "x0", "v", "flow"
+  process.prediction = "epsilon"  # there: what the network predicts
 
   # The network of continuous teachers; the defaults are EDM's ImageNet-64 (ADM).
   config.denoiser = denoiser = ConfigDict()
@@ -236,6 +236,7 @@ def get_config() -> ConfigDict:
   health.min_entropy = 1e-3  # nats per token of the generator, below which it has collapsed
   health.max_disagreement = 0.995  # total variation of teacher and fake score, above: diverged
   health.min_contrast = 0.02  # standard deviation of decoded pixels in [-1, 1], below: blank
+  health.max_contrast = 2.0  # of DMD2's images before they are clipped; above: diverged
   health.max_brightness = 0.98  # |mean| of those pixels, above: all black or all white
   health.patience = 3  # readings in a row before the run stops; pictures stop it at the first
 

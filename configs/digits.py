@@ -18,6 +18,8 @@ Departures from the published ImageNet-256 settings (base.py), each for a reason
 * The fake score's gradient is clipped as the generator's, for its higher learning rate.
 * The position embedding is trained (frozen was not tried); token embedding and output bias are not.
 * Jeffreys 0.5, learning rates 1e-3 and 2e-3 with a cosine: 4000 updates instead of 50,000.
+* Patches of 2x2 pixels, 128 codes: 16 tokens of an 8x8 image.
+* Warm-ups of 20 updates and batches of 64, for runs of minutes.
 * Sampling temperature 1.2: the distilled distributions are a little too sharp.
 
 Chosen on the teacher alone (decoding) and on training seed 100 with evaluation seed 777.

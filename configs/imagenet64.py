@@ -16,6 +16,10 @@ updates), 1.28 after the second (140k more), 1.51 from scratch (200k). Not run h
 building the networks. `train.num_steps` counts generator updates, one in five. No
 evaluation protocol with Inception features is there yet, so `train.start_from` takes the last
 checkpoint.
+
+Every override is the published setting: bfloat16 networks over float32 parameters, AdamW at 2e-6
+(second stage 5e-7) with weight decay 0.01, clipping at 10 and a warm-up of 500, batch 280, mirrored
+images, no average of the generator, nothing frozen.
 """
 
 from ml_collections import ConfigDict
@@ -34,6 +38,7 @@ def get_config(variant: str = "gan") -> ConfigDict:
   config.data.update(name="tfds", tfds_name="imagenet_resized/64x64", flip=True)
   config.tokenizer.name = "pixels"
   config.teacher.name = "edm"
+  config.precision.compute_dtype = "bfloat16"
   for optimizer in (config.optim.generator, config.optim.fake_score):
     optimizer.update(name="adamw", learning_rate=2e-6, weight_decay=0.01, clip_norm=10.0)
     optimizer.num_warmup = 500

@@ -20,11 +20,12 @@ class Health:
   min_entropy: float
   max_disagreement: float
   min_contrast: float
+  max_contrast: float
   max_brightness: float
   patience: int
 
   def __post_init__(self):
-    self._strikes: dict[str, int] = {}
+    self._strikes: dict[int, int] = {}  # readings in a row, by sign
 
   def check(self, step: int, metrics: Mapping[str, float], directory: str) -> None:
     """Raises RunStopped at a non-finite value, or where a sign persists.
@@ -70,6 +71,14 @@ class Health:
         self.patience,
       ),
       (
+        "generator/std",
+        lambda value: value > self.max_contrast,
+        f"above health.max_contrast={self.max_contrast}: the generator's images, before they are"
+        " clipped, have left their range. Look at the pictures; lower both learning rates or raise"
+        " dmd2.fake_rounds",
+        self.patience,
+      ),
+      (
         "generator/mean",
         lambda value: abs(value) > self.max_brightness,
         f"beyond health.max_brightness={self.max_brightness}: the generator's images are all black"
@@ -85,11 +94,11 @@ class Health:
         1,
       ),
     )
-    for name, is_bad, text, patience in signs:
+    for sign, (name, is_bad, text, patience) in enumerate(signs):
       if name not in metrics:
         continue
-      self._strikes[name] = self._strikes.get(name, 0) + 1 if is_bad(metrics[name]) else 0
-      if self._strikes[name] >= patience:
+      self._strikes[sign] = self._strikes.get(sign, 0) + 1 if is_bad(metrics[name]) else 0
+      if self._strikes[sign] >= patience:
         raise RunStopped(
           f"step {step}: {name}={metrics[name]:.4g} {text}. ({patience} readings in a row)"
         )

@@ -163,12 +163,10 @@ def first_stage(experiment: Experiment, teacher: Params) -> FirstStage | None:
     UserError: no distillation there, none evaluated, or one of another teacher or other networks.
   """
   train = experiment.config.train
-  if not train.start_from:
+  directory = _first_stage_directory(experiment)
+  if directory is None:
     return None
   field = f"train.start_from={train.start_from!r}"
-  directory = Path(train.start_from) / "distill"
-  if not (directory / "checkpoints").is_dir():
-    raise UserError(f"{field} holds no distillation; name the workdir of a finished one")
   record = json.loads((directory / "record.json").read_text(encoding="utf-8"))
   if record.get("teacher.sha256") != params_hash(teacher):
     raise UserError(f"{field} was distilled from another teacher than this run's")
@@ -187,16 +185,31 @@ def first_stage(experiment: Experiment, teacher: Params) -> FirstStage | None:
   return stage
 
 
+def _first_stage_directory(experiment: Experiment) -> Path | None:
+  """The distillation that `train.start_from` names; None where it names none."""
+  workdir = experiment.config.train.start_from
+  if not workdir:
+    return None
+  directory = Path(workdir) / "distill"
+  if not (directory / "checkpoints").is_dir() or not (directory / "record.json").is_file():
+    raise UserError(
+      f"train.start_from={workdir!r} holds no distillation; name the workdir of a finished one"
+    )
+  return directory
+
+
 def check_workdir(experiment: Experiment, workdir: Path) -> None:
   """What the stages would find one after the other, found before any of them computes.
 
   Raises:
-    UserError: the given teacher cannot be used, or the config differs from the records of the
-      stages begun in `workdir`; all changes are named at once.
+    UserError: the given teacher or first stage cannot be used, or the config differs from the
+      records of the stages begun in `workdir`; all changes are named at once.
   """
   path = experiment.config.teacher.path
   if path not in ("", "random"):
     load_teacher(experiment, Path(path))
+  if not (workdir / "distill" / "record.json").exists():  # later it is not needed any more
+    _first_stage_directory(experiment)
   stages = {"tokenizer": tokenizer_fields(experiment), "distill": distill_fields(experiment)}
   if experiment.protocol is not None:
     stages["classifier"] = classifier_fields(experiment)

@@ -150,6 +150,31 @@ def test_the_published_settings_are_the_defaults():
   assert (config.train.batch_size, config.train.ema_decay) == (128, 0.9999)
 
 
+def test_the_published_settings_of_dmd2():
+  """DMD2, arXiv:2405.14867, and its release, ImageNet-64; updates are the fake score's."""
+  updates = {"gan": 200_000, "no_gan": 410_000, "second_stage": 140_000}
+  for variant, num_updates in updates.items():
+    config = imagenet64.get_config(variant)
+    dmd2, denoiser = config.dmd2, config.denoiser
+    assert config.train.num_steps * dmd2.fake_rounds == num_updates and dmd2.fake_rounds == 5
+    for optimizer in (config.optim.generator, config.optim.fake_score):
+      assert optimizer.name == "adamw" and optimizer.weight_decay == 0.01
+      assert optimizer.learning_rate == (5e-7 if variant == "second_stage" else 2e-6)
+      assert (optimizer.b1, optimizer.b2, optimizer.eps) == (0.9, 0.999, 1e-8)
+      assert (optimizer.clip_norm, optimizer.num_warmup) == (10.0, 500)
+      assert optimizer.schedule == "constant"
+    weights = dmd2.gan_generator_weight, dmd2.gan_critic_weight
+    assert weights == ((0.0, 0.0) if variant == "no_gan" else (3e-3, 1e-2))
+    assert (config.train.batch_size, config.train.ema_decay) == (280, 0.0)
+    assert dmd2.student_sigmas == (80.0,) and (dmd2.min_level, dmd2.max_level) == (0.02, 0.98)
+    assert (dmd2.teacher_guidance, dmd2.divergence, dmd2.r1_weight) == (1.0, "reverse_kl", 0.0)
+    process = config.process
+    assert (process.num_levels, process.sigma_min, process.sigma_max) == (1000, 0.002, 80.0)
+    assert (process.rho, process.sigma_data) == (7.0, 0.5)
+    assert (denoiser.name, denoiser.model_channels, denoiser.num_blocks) == ("adm", 192, 3)
+    assert config.precision.compute_dtype == "bfloat16"
+
+
 def test_no_line_of_base_is_without_a_purpose():
   """No commented-out settings."""
   with open(ROOT / "configs" / "base.py", "rb") as stream:

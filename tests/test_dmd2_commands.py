@@ -85,8 +85,16 @@ def config(**changes):
     ({"teacher__name": "maskgit"}, ["teacher.name='maskgit'", "tokenizer.name='pixels'"]),
     ({"tokenizer__name": "none"}, ["teacher.name='edm'", "'pixels'"]),
     ({"process__name": "ve"}, ["process.name='ve'", "edm"]),
+    (
+      {"process__name": "variance_preserving", "process__prediction": "v"},
+      ["process.prediction='v'", "'epsilon'"],
+    ),
     ({"process__sigma_max": 0.001}, ["process.sigma_max=0.001", "sigma_min"]),
     ({"denoiser__name": "unet"}, ["denoiser.name='unet'", "adm"]),
+    ({"denoiser__num_blocks": 0}, ["denoiser.num_blocks=0", "1 or more"]),
+    ({"denoiser__hidden_dim": 0}, ["denoiser.hidden_dim=0", "1 or more"]),
+    ({"denoiser__dropout": 1.0}, ["denoiser.dropout=1.0", "[0, 1)"]),
+    ({"denoiser__augment_dim": -1}, ["denoiser.augment_dim=-1", "negative"]),
     ({"teacher__sampling__s_churn": -1.0}, ["teacher.sampling.s_churn=-1.0", "negative"]),
     ({"teacher__pretrain__noise_levels": "x"}, ["teacher.pretrain.noise_levels='x'", "log_normal"]),
   ],
@@ -185,6 +193,8 @@ def test_unusable_first_stages_and_pairs_are_refused(second, reference, tmp_path
   network, _ = prepare.load_teacher(experiment, reference / "teacher")
   with pytest.raises(UserError, match=r"train\.start_from=.* holds no distillation"):
     prepare.first_stage(experiment, network)
+  with pytest.raises(UserError, match=r"train\.start_from=.* holds no distillation"):
+    prepare.check_workdir(experiment, tmp_path / "new")  # before a teacher is trained
   experiment = build(config(train__start_from=str(reference)))
   with pytest.raises(UserError, match="distilled from another teacher"):
     prepare.first_stage(experiment, jax.tree.map(lambda x: x + 1, network))

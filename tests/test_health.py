@@ -14,6 +14,8 @@ GOOD = {
   "distill/disagreement": 0.3,
   "generator/contrast": 0.5,
   "generator/brightness": -0.4,
+  "generator/std": 0.5,
+  "generator/mean": -0.4,
 }
 
 
@@ -32,6 +34,10 @@ def test_a_value_that_is_not_finite_stops_at_once(value):
   [
     ("generator/entropy", 1e-4, "health.min_entropy"),
     ("distill/disagreement", 0.999, "health.max_disagreement"),
+    ("generator/std", 0.001, "health.min_contrast"),
+    ("generator/std", 40.0, "health.max_contrast"),
+    ("generator/mean", 0.99, "health.max_brightness"),
+    ("generator/mean", -0.99, "health.max_brightness"),
   ],
 )
 def test_a_sign_must_persist(name, value, limit):
@@ -68,7 +74,13 @@ def test_one_bad_picture_is_enough(name, value, limit):
 
 @pytest.mark.parametrize(
   ("option", "value"),
-  [("min_entropy", 3.0), ("max_disagreement", 0.1), ("min_contrast", 0.9), ("max_brightness", 0.3)],
+  [
+    ("min_entropy", 3.0),
+    ("max_disagreement", 0.1),
+    ("min_contrast", 0.9),
+    ("max_contrast", 0.1),
+    ("max_brightness", 0.3),
+  ],
 )
 def test_every_limit_is_read(option, value):
   health(patience=1).check(1, GOOD, "here")

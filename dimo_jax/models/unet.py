@@ -16,7 +16,7 @@ from flax.linen import initializers
 from jax.typing import DTypeLike
 
 from dimo_jax.models.attention import attention, row_matmul
-from dimo_jax.types import Array, Float, UserError
+from dimo_jax.types import Array, Float, UserError, suggest
 
 # Of one layer: its input size (fan-in) -> initialisers of kernel and bias.
 Init = Callable[[int], dict[str, Any]]
@@ -77,7 +77,7 @@ class FourierEmbedding(nn.Module):
 def _taps(resample_filter: tuple[int, ...]) -> tuple[list[float], int]:
   """A filter normalised to sum 1, and its padding on either side."""
   if len(resample_filter) % 2 or not resample_filter:
-    raise UserError(f"model.resample_filter={resample_filter} must have an even number of taps")
+    raise UserError(f"denoiser.resample_filter={resample_filter} must have an even number of taps")
   return [tap / sum(resample_filter) for tap in resample_filter], len(resample_filter) // 2 - 1
 
 
@@ -169,7 +169,7 @@ class GroupNorm(nn.Module):
     num_groups = min(_MAX_GROUPS, c // _MIN_CHANNELS_PER_GROUP)
     if not num_groups or c % num_groups:
       raise UserError(
-        f"model.model_channels gives a layer of {c} channels, which do not divide into"
+        f"denoiser.model_channels gives a layer of {c} channels, which do not divide into"
         f" {num_groups} groups, min({_MAX_GROUPS}, channels // {_MIN_CHANNELS_PER_GROUP})"
       )
 
@@ -196,13 +196,13 @@ def check_size(x: Float[Array, "b h w c"], resolution: int, channels: int, num_l
   """Raises UserError where an image does not fit the network."""
   if x.shape[1:] != (resolution, resolution, channels):
     raise UserError(
-      f"model.img_resolution={resolution} and model.img_channels={channels} do not fit images of"
+      f"a network for images of shape {(resolution, resolution, channels)} does not fit images of"
       f" shape {x.shape[1:]}"
     )
   if resolution % (1 << num_levels - 1):
     raise UserError(
-      f"model.img_resolution={resolution} cannot be halved {num_levels - 1} times, as"
-      " model.channel_mult asks"
+      f"denoiser.channel_mult has {num_levels} entries, and images of {resolution} pixels a side"
+      f" cannot be halved {num_levels - 1} times"
     )
 
 
@@ -320,8 +320,8 @@ class ADM(nn.Module):
   def _num_heads(self, channels: int) -> int:
     if channels % self.channels_per_head:
       raise UserError(
-        f"model.channels_per_head={self.channels_per_head} must divide the {channels} channels of"
-        " an attending block"
+        f"denoiser.channels_per_head={self.channels_per_head} must divide the {channels} channels"
+        " of an attending block"
       )
     return channels // self.channels_per_head
 
@@ -402,6 +402,13 @@ class ADM(nn.Module):
     ), bottleneck
 
 
+_SONG_CHOICES = {
+  "embedding_type": ("positional", "fourier"),
+  "encoder_type": ("standard", "skip", "residual"),
+  "decoder_type": ("standard", "skip"),
+}
+
+
 class SongUNet(nn.Module):
   """The U-Net of DDPM++ ("standard" encoder, "positional") and NCSN++ ("residual", "fourier").
 
@@ -417,10 +424,10 @@ class SongUNet(nn.Module):
     attn_resolutions: resolutions that attend (in the decoder only their last block does); the
       first decoder block always does. One head.
     dropout: rate inside the blocks when not deterministic.
-    embedding_type: of the noise label.
+    embedding_type: of the noise label, "positional" or "fourier".
     channel_mult_noise: factor for the length of the noise label's embedding.
-    encoder_type: "skip" and "residual" feed the downsampled image to every resolution.
-    decoder_type: "skip" sums an image from every resolution.
+    encoder_type: "standard"; "skip" and "residual" feed the downsampled image to every resolution.
+    decoder_type: "standard"; "skip" sums an image from every resolution.
     resample_filter: separable, of even length.
     dtype: compute dtype; parameters, embeddings, softmax and statistics are float32.
   """
@@ -435,10 +442,10 @@ class SongUNet(nn.Module):
   num_blocks: int = 4
   attn_resolutions: tuple[int, ...] = (16,)
   dropout: float = 0.1
-  embedding_type: Literal["positional", "fourier"] = "positional"
+  embedding_type: str = "positional"
   channel_mult_noise: int = 1
-  encoder_type: Literal["standard", "skip", "residual"] = "standard"
-  decoder_type: Literal["standard", "skip"] = "standard"
+  encoder_type: str = "standard"
+  decoder_type: str = "standard"
   resample_filter: tuple[int, ...] = _BOX_FILTER
   dtype: DTypeLike = jnp.float32
 
@@ -472,6 +479,10 @@ class SongUNet(nn.Module):
   ) -> tuple[Float[Array, "b h w c"] | None, Float[Array, "b h2 w2 c2"]]:
     """The prediction (None unless `decode`) and the encoder's output; arguments as ADM's."""
     check_size(x, self.img_resolution, self.img_channels, len(self.channel_mult))
+    for name, known in _SONG_CHOICES.items():
+      if getattr(self, name) not in known:
+        value = getattr(self, name)
+        raise UserError(f"denoiser.{name}={value!r} is unknown{suggest(value, known)}")
     emb = self._embedding(noise_label, class_labels, augment_labels)
     conv = functools.partial(nn.Conv, kernel_init=_XAVIER, dtype=self.dtype)
     pointwise = functools.partial(nn.Dense, kernel_init=_XAVIER, dtype=self.dtype)

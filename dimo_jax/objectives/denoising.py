@@ -12,8 +12,21 @@ import jax.numpy as jnp
 from flax import struct
 
 from dimo_jax.processes import gaussian, masking
+from dimo_jax.processes.guidance import drop_condition
 from dimo_jax.state import NetworkState
-from dimo_jax.types import Array, Batch, Bool, Float, Int, Key, Metrics, Params, UserError, choose
+from dimo_jax.types import (
+  Array,
+  Batch,
+  Bool,
+  Condition,
+  Float,
+  Int,
+  Key,
+  Metrics,
+  Params,
+  UserError,
+  choose,
+)
 
 
 def masked_mean(values: Float[Array, "b l"], mask: Bool[Array, "b l"]) -> Float[Array, ""]:
@@ -109,10 +122,9 @@ class MaskedDenoising:
     else:
       mask = draws.mask_order < ratio[:, None]
     inputs = masking.corrupt(tokens, mask, self.mask_token_id)
-    condition = {"class_id": batch["class_id"]}
-    dropped = draws.drop_u < self.condition_drop_rate
-    condition = jax.tree.map(
-      lambda null, given: jnp.where(dropped, null, given), network.null_fn(condition), condition
+    given: Condition = {"class_id": batch["class_id"]}
+    condition = drop_condition(
+      given, network.null_fn(given), draws.drop_u, self.condition_drop_rate
     )
     dropout = {"dropout_key": draws.dropout_key} if self.dropout else {}
     logits = network.replace(params=params).predict(inputs, condition, **dropout)
@@ -185,10 +197,9 @@ class GaussianDenoising:
     draws: GaussianPretrainDraws,
   ) -> tuple[Float[Array, ""], Metrics]:
     """Weighted error of x0 and its metrics; deterministic given the draws."""
-    condition = {"class_id": batch["class_id"]}
-    dropped = draws.drop_u < self.condition_drop_rate
-    condition = jax.tree.map(
-      lambda null, given: jnp.where(dropped, null, given), network.null_fn(condition), condition
+    given: Condition = {"class_id": batch["class_id"]}
+    condition = drop_condition(
+      given, network.null_fn(given), draws.drop_u, self.condition_drop_rate
     )
     dropout = {"dropout_key": draws.dropout_key} if self.dropout else {}
     inputs = gaussian.add_noise(x0, draws.noise, draws.sigma)

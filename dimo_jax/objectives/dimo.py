@@ -16,7 +16,7 @@ from flax import struct
 from dimo_jax.objectives.denoising import cross_entropy, masked_mean, soft_cross_entropy
 from dimo_jax.objectives.divergences import divergence_fn, logit_gradient
 from dimo_jax.processes import masking
-from dimo_jax.processes.guidance import guided
+from dimo_jax.processes.guidance import drop_condition, guided
 from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.samplers.one_step import OneStep, OneStepDraws
 from dimo_jax.state import Nets, NetworkState, copy_tree
@@ -282,11 +282,8 @@ class Dimo:
     fake_score = nets.fake_score.replace(params=fake_params)
     condition = samples.condition
     if self.fake_train_guidance != 1:
-      dropped = draws.drop_u < self.fake_condition_drop
-      condition = jax.tree.map(
-        lambda null, given: jnp.where(dropped, null, given),
-        fake_score.null_fn(condition),
-        condition,
+      condition = drop_condition(
+        condition, fake_score.null_fn(condition), draws.drop_u, self.fake_condition_drop
       )
     logits = self._guided(
       fake_score, masked, condition, self.fake_train_guidance, self._dropout(draws, 3)

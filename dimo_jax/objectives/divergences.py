@@ -1,9 +1,9 @@
 """Divergences between token distributions; the generator's gradient is their derivative.
 
-To add one: a function with this signature, a row in DIVERGENCES, a closed-form test.
+To add one: a function with this signature, a row in DIVERGENCES that makes it from
+`dimo.jeffreys_beta`, a closed-form test.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -38,28 +38,34 @@ def reverse_kl(
   return jnp.sum(jnp.exp(log_fake) * (log_fake - log_teacher), axis=-1)
 
 
-def jeffreys(
-  fake_logits: Float[Array, "b l v"], teacher_logits: Float[Array, "b l v"], beta: float
-) -> Float[Array, "b l"]:
+def jeffreys(beta: float) -> Divergence:
   """`(1 - beta) forward + beta reverse` per token; beta may be negative (the paper's best: -0.2).
 
   Source: Di[M]O, arXiv:2503.15457, section 3.
   """
-  forward = forward_kl(fake_logits, teacher_logits)
-  return (1 - beta) * forward + beta * reverse_kl(fake_logits, teacher_logits)
+
+  def divergence(fake_logits, teacher_logits):
+    forward = forward_kl(fake_logits, teacher_logits)
+    return (1 - beta) * forward + beta * reverse_kl(fake_logits, teacher_logits)
+
+  return divergence
 
 
-DIVERGENCES: dict[str, Callable[..., Float[Array, "b l"]]] = {
-  "forward_kl": forward_kl,
-  "reverse_kl": reverse_kl,
+# Each makes its divergence from `dimo.jeffreys_beta`, which only "jeffreys" has a use for.
+DIVERGENCES: dict[str, Callable[[float], Divergence]] = {
+  "forward_kl": lambda beta: forward_kl,
+  "reverse_kl": lambda beta: reverse_kl,
   "jeffreys": jeffreys,
 }
 
 
 def divergence_fn(name: str, jeffreys_beta: float) -> Divergence:
-  """The divergence of a config; `jeffreys_beta` counts for `jeffreys` only."""
-  function = choose(DIVERGENCES, name, "dimo.divergence")
-  return functools.partial(function, beta=jeffreys_beta) if name == "jeffreys" else function
+  """The divergence of a config.
+
+  Raises:
+    UserError: no such divergence.
+  """
+  return choose(DIVERGENCES, name, "dimo.divergence")(jeffreys_beta)
 
 
 def logit_gradient(

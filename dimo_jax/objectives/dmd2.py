@@ -116,9 +116,10 @@ class Dmd2:
       if not ok:
         raise UserError(f"dmd2.{name}={getattr(self, name)!r} must {wanted}")
 
-    _ = self.one_step  # checks the student's steps
+    _ = self.student  # checks the student's steps
     choose(adversarial.F_DIVERGENCES, self.divergence, "dmd2.divergence")
-    require(self.num_classes >= 1, "num_classes", "be 1 or more")
+    if self.num_classes < 1:
+      raise UserError(f"data.num_classes={self.num_classes} must be 1 or more")
     require(
       self.student_inputs in ("simulated", "real"), "student_inputs", "be 'simulated' or 'real'"
     )
@@ -166,7 +167,7 @@ class Dmd2:
         raise UserError(f"dmd2.divergence={self.divergence!r} {needs}")
 
   @property
-  def one_step(self) -> FewStep:
+  def student(self) -> FewStep:
     """How the generator is called in training."""
     return FewStep(self.process, self.image_shape, self.student_sigmas)
 
@@ -234,7 +235,7 @@ class Dmd2:
 
   def sampler(self, options: Mapping[str, Any]) -> FewStep:
     """The steps of the training, with the guidance of `config.sampling`."""
-    return dataclasses.replace(self.one_step, guidance_scale=options["guidance_scale"])
+    return dataclasses.replace(self.student, guidance_scale=options["guidance_scale"])
 
   def target(self, decoding: Any) -> None:
     """None: the student is trained to match what the teacher's best sampling makes."""
@@ -280,7 +281,7 @@ class Dmd2:
     return GenerationDraws(
       class_id=jax.random.randint(label_key, shape, 0, self.num_classes),
       index=jnp.full(shape[:-1], index),
-      noise=self.one_step.draw(noise_key, shape),
+      noise=self.student.draw(noise_key, shape),
     )
 
   def _draw_noise(self, key: Key, shape: tuple[int, ...], low: int, high: int) -> NoiseDraws:
@@ -304,7 +305,7 @@ class Dmd2:
     given = draws.generation
     condition = {"class_id": given.class_id}
     generator = nets.generator.replace(params=generator_params)
-    student = self.one_step
+    student = self.student
     if self.student_inputs == "real" and student.num_steps > 1:
       # The mismatch that backward simulation removes: real images, with their labels, noised.
       condition = {"class_id": batch["class_id"]}
@@ -396,7 +397,7 @@ class Dmd2:
     sigma = jnp.full(len(pairs["noise"]), self.student_sigmas[0])
     inputs = self.process.start(pairs["noise"], sigma)
     generator = nets.generator.replace(params=generator_params)
-    x0 = self.one_step.predict(generator, condition, inputs)
+    x0 = self.student.predict(generator, condition, inputs)
     return jnp.mean(jnp.square(x0 - pairs["image"]))
 
   def fake_score_loss(

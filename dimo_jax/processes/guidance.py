@@ -12,6 +12,16 @@ from dimo_jax.types import Array, Condition, Float
 PredictFn = Callable[[Any, Condition], Array]
 
 
+def drop_condition(
+  condition: Condition, null_condition: Condition, u: Float[Array, " b"], rate: float
+) -> Condition:
+  """The condition, or no condition where the uniform `u` lies below `rate`: a network trained so
+  knows both sides of its guidance.
+  """
+  dropped = u < rate
+  return jax.tree.map(lambda c, null: jnp.where(dropped, null, c), condition, null_condition)
+
+
 def guided(
   predict_fn: PredictFn,
   inputs: Any,

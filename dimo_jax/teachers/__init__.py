@@ -11,7 +11,7 @@ from dimo_jax.models.edm import EDMPrecond, VPPrecond
 from dimo_jax.models.mask_transformer import MaskTransformer
 from dimo_jax.models.mlp import DenoisingMLP
 from dimo_jax.models.unet import ADM, SongUNet
-from dimo_jax.processes.gaussian import PROCESSES
+from dimo_jax.processes.gaussian import PROCESSES, VariancePreserving
 from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.teachers.tokenizers import NoTokenizer, PatchTokenizer, PixelTokenizer, Tokenizer
@@ -66,6 +66,11 @@ def _edm(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> GaussianTea
     raise UserError(f"teacher.name='edm' needs square images; data.name has {height}x{width}")
   process_type = choose(PROCESSES, config.process.name, "process.name")
   process = process_type(**pick(process_type, config.process))
+  if isinstance(process, VariancePreserving) and process.prediction != "epsilon":
+    raise UserError(
+      f"process.prediction={process.prediction!r} must be 'epsilon' with teacher.name='edm': its"
+      " variance-preserving networks predict the noise"
+    )
   denoiser = choose(DENOISERS, config.denoiser.name, "denoiser.name")
   model = denoiser(
     img_resolution=height,

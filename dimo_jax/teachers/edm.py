@@ -2,31 +2,45 @@
 
 import dataclasses
 import math
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dimo_jax.models.edm import EDMPrecond, Output, VPPrecond
 from dimo_jax.processes.gaussian import GaussianProcess, Noised
-from dimo_jax.state import NetworkState, copy_tree, split
-from dimo_jax.types import Array, Condition, Key, Params
+from dimo_jax.teachers.network import ClassNetwork
+from dimo_jax.types import Array, Condition, Key, Params, UserError
 
-_NO_UPDATE = optax.set_to_zero()  # one object, so that jitted functions know it again
+# Of the denoisers' fields, those that count something; each has some of them.
+_SIZES = (
+  "model_channels",
+  "channel_mult_emb",
+  "channel_mult_noise",
+  "channels_per_head",
+  "num_blocks",
+  "hidden_dim",
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussianTeacher:
-  """Network and process of a continuous teacher; parameters live in train states.
-
-  Generator and fake score are the same network, so their states are made here too.
-  """
+class GaussianTeacher(ClassNetwork):
+  """Network and process of a continuous teacher; parameters live in train states."""
 
   network: EDMPrecond | VPPrecond
   process: GaussianProcess
 
   kind = "gaussian"
+
+  def __post_init__(self):
+    model = self.network.model
+    for name in _SIZES:
+      if getattr(model, name, 1) < 1:
+        raise UserError(f"denoiser.{name}={getattr(model, name)} must be 1 or more")
+    if model.augment_dim < 0:
+      raise UserError(f"denoiser.augment_dim={model.augment_dim} must not be negative; 0 is none")
+    if not 0 <= model.dropout < 1:
+      raise UserError(f"denoiser.dropout={model.dropout} must lie in [0, 1)")
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -42,6 +56,11 @@ class GaussianTeacher:
     condition = {"class_id": jnp.zeros(1, jnp.int32)}
     cost = jax.jit(self.apply).lower(params, inputs, condition).cost_analysis() or {}
     return cost.get("flops", math.nan)
+
+  @property
+  def null_class(self) -> int:
+    """The class id that stands for none: the first after the classes."""
+    return self.network.model.label_dim
 
   def init(self, key: Key) -> Params:
     """Random parameters."""
@@ -76,24 +95,3 @@ class GaussianTeacher:
       rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     return cast(Array, denoised)  # not (output, state): nothing is mutable
-
-  def null_condition(self, condition: Condition) -> Condition:
-    """No class, for every sample."""
-    return {"class_id": jnp.full_like(condition["class_id"], self.network.model.label_dim)}
-
-  def frozen_state(self, params: Params, tokenizer_params: Params) -> NetworkState:
-    """The teacher's own state: nothing in it is ever updated."""
-    return NetworkState.create(
-      apply_fn=self.apply,
-      params=params,
-      tx=_NO_UPDATE,
-      autoencoder=tokenizer_params,
-      null_fn=self.null_condition,
-    )
-
-  def trained_state(self, params: Params, tx: Any, frozen: tuple[str, ...] = ()) -> NetworkState:
-    """A trained network that starts as a copy of `params`; `frozen` are regexes on paths."""
-    trainable, rest = split(copy_tree(params), frozen)
-    return NetworkState.create(
-      apply_fn=self.apply, params=trainable, frozen=rest, tx=tx, null_fn=self.null_condition
-    )

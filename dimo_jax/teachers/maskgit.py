@@ -1,25 +1,19 @@
 """The masked discrete teacher: a MaskTransformer over the tokens of a tokenizer."""
 
 import dataclasses
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dimo_jax.models.mask_transformer import MaskTransformer
-from dimo_jax.state import NetworkState, copy_tree, split
+from dimo_jax.teachers.network import ClassNetwork
 from dimo_jax.types import Array, Condition, Float, Int, Key, Params, UserError
-
-_NO_UPDATE = optax.set_to_zero()  # one object, so that jitted functions know it again
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedTeacher:
-  """Network and process constants of a masked teacher; parameters live in train states.
-
-  Generator and fake score are the same network, so their states are made here too.
-  """
+class MaskedTeacher(ClassNetwork):
+  """Network and process constants of a masked teacher; parameters live in train states."""
 
   network: MaskTransformer
 
@@ -47,6 +41,11 @@ class MaskedTeacher:
     """The id that stands for a masked token: the first after the codes."""
     return self.network.codebook_size
 
+  @property
+  def null_class(self) -> int:
+    """The class id that stands for none: the first after the classes."""
+    return self.network.num_classes
+
   def init(self, key: Key) -> Params:
     """Random parameters."""
     tokens = jnp.zeros((1, self.network.num_tokens), jnp.int32)
@@ -73,24 +72,3 @@ class MaskedTeacher:
       rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     return cast(Array, logits)  # not (logits, state): nothing is mutable
-
-  def null_condition(self, condition: Condition) -> Condition:
-    """The null class for every sample."""
-    return {"class_id": jnp.full_like(condition["class_id"], self.network.num_classes)}
-
-  def frozen_state(self, params: Params, tokenizer_params: Params) -> NetworkState:
-    """The teacher's own state: nothing in it is ever updated."""
-    return NetworkState.create(
-      apply_fn=self.apply,
-      params=params,
-      tx=_NO_UPDATE,
-      autoencoder=tokenizer_params,
-      null_fn=self.null_condition,
-    )
-
-  def trained_state(self, params: Params, tx: Any, frozen: tuple[str, ...] = ()) -> NetworkState:
-    """A trained network that starts as a copy of `params`; `frozen` are regexes on paths."""
-    trainable, rest = split(copy_tree(params), frozen)
-    return NetworkState.create(
-      apply_fn=self.apply, params=trainable, frozen=rest, tx=tx, null_fn=self.null_condition
-    )

@@ -482,14 +482,20 @@ def test_foreign_weights_are_refused():
 @pytest.mark.parametrize(
   ("network", "message"),
   [
-    (adm(channels_per_head=64), r"model\.channels_per_head=64 must divide the 16 channels"),
+    (adm(channels_per_head=64), r"denoiser\.channels_per_head=64 must divide the 16 channels"),
     (adm(model_channels=6, channels_per_head=6), r"18 channels.*4 groups"),
     (adm(model_channels=2, channels_per_head=2), r"2 channels.*0 groups"),
-    (adm(img_channels=1), r"model\.img_channels=1 do not fit images of shape \(8, 8, 3\)"),
-    (song(img_channels=1), r"model\.img_channels=1 do not fit images of shape \(8, 8, 3\)"),
-    (mlp(img_channels=1), r"model\.img_channels=1 do not fit images of shape \(8, 8, 3\)"),
-    (adm(channel_mult=(1,) * 5), r"model\.img_resolution=8 cannot be halved 4 times"),
-    (song(resample_filter=(1, 2, 1)), r"model\.resample_filter=\(1, 2, 1\).*even"),
+    (adm(img_channels=1), r"shape \(8, 8, 1\) does not fit images of shape \(8, 8, 3\)"),
+    (song(img_channels=1), r"shape \(8, 8, 1\) does not fit images of shape \(8, 8, 3\)"),
+    (mlp(img_channels=1), r"shape \(8, 8, 1\) does not fit images of shape \(8, 8, 3\)"),
+    (
+      adm(channel_mult=(1,) * 5),
+      r"denoiser\.channel_mult has 5 .* 8 pixels .* halved 4 times",
+    ),
+    (song(embedding_type="fouriers"), r"denoiser\.embedding_type='fouriers'.*mean 'fourier'"),
+    (song(encoder_type="none"), r"denoiser\.encoder_type='none'.*residual, skip, standard"),
+    (song(decoder_type="residual"), r"denoiser\.decoder_type='residual'.*skip, standard"),
+    (song(resample_filter=(1, 2, 1)), r"denoiser\.resample_filter=\(1, 2, 1\).*even"),
   ],
 )
 def test_impossible_sizes_are_refused(network, message):

@@ -1,7 +1,8 @@
 """A mixture of Gaussians in the plane, whose denoiser is known in closed form, by the very step.
 
-The one-step student of DMD2 reaches every mode. Without the two-time-scale rule, or without the
-fake score, it visibly does not.
+The one-step student of DMD2 reaches every mode. With a fake score that is never trained it reaches
+next to none. A hasty one, whose generator learns sixty times as fast as its fake score, still
+reaches most by the two-time-scale rule, and next to none by as many updates of either.
 """
 
 import functools
@@ -141,7 +142,7 @@ def distil(pretrained, fake_rounds, rates=CALM, trains_fake_score=True, seed=3):
 
   def sample(generator):
     condition = {"class_id": jnp.zeros(4000, jnp.int32)}
-    return objective.one_step.sample(generator, condition, jax.random.key(5))[:, 0, 0]
+    return objective.student.sample(generator, condition, jax.random.key(5))[:, 0, 0]
 
   return np.asarray(sample(generator)), np.asarray(run(state))
 
@@ -195,7 +196,7 @@ def test_without_the_two_time_scale_rule_it_collapses(hasty):
   assert reached(by_the_rule) >= 6 and reached(without) <= 2
 
 
-def test_without_the_fake_score_it_reaches_no_mode(pretrained):
+def test_without_a_trained_fake_score_it_reaches_hardly_a_mode(pretrained):
   """A fake score that stays what it was does not say where the samples are."""
   _, after = distil(pretrained, fake_rounds=5, trains_fake_score=False)
   assert reached(after) <= 2

@@ -400,7 +400,7 @@ def test_no_gradient_passes_through_the_steps_before(nets):
   generation = draws.generation.replace(index=jnp.asarray(2))
   draws, condition = draws.replace(generation=generation), {"class_id": generation.class_id}
   params = nets.generator.params
-  constant = objective.one_step.simulate(nets.generator, condition, generation.noise, 2)
+  constant = objective.student.simulate(nets.generator, condition, generation.noise, 2)
 
   def output(params):
     return objective.generate(params, nets, first(real_batch()), draws).output.sum()
@@ -416,12 +416,12 @@ def test_no_gradient_passes_through_the_steps_before(nets):
 
 
 def test_backward_simulation_never_sees_real_data(nets):
-  """Generator update without a critic: independent of the real images; the ablation is not."""
+  """Without a critic a generator update depends on no real image or label; the ablation does."""
   for inputs, independent in (("simulated", True), ("real", False)):
     objective = dmd2(**FOUR, **NO_GAN, student_inputs=inputs)
     losses = []
     for seed in (0, 1):
-      batch = real_batch(seed)
+      batch = real_batch(seed) | {"class_id": jnp.roll(LABELS, seed)}
       draws = first(objective.draw_generator(KEY, batch, CLOCK))
       draws = draws.replace(generation=draws.generation.replace(index=jnp.asarray(2)))
       loss, slope = jax.value_and_grad(
@@ -452,7 +452,7 @@ def test_real_inputs_are_noised_real_images_with_their_labels(nets):
 @pytest.mark.parametrize(
   ("options", "text"),
   [
-    ({"num_classes": 0}, "dmd2.num_classes=0 must be 1 or more"),
+    ({"num_classes": 0}, "data.num_classes=0 must be 1 or more"),
     ({"student_sigmas": (40.0, 1.0)}, "dmd2.student_sigmas=(40.0, 1.0) must start at the noise"),
     ({"student_inputs": "noised"}, "dmd2.student_inputs='noised' must be 'simulated' or 'real'"),
     ({"matching_weight": -1.0}, "dmd2.matching_weight=-1.0 must not be negative"),
