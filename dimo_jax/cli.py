@@ -17,14 +17,14 @@ BAD_INPUT, STOPPED = 2, 3  # exit codes, beside preemption.RESUME_EXIT_CODE
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=1 overrides.")
 
 
-def run(dispatch: Callable[[], None]) -> None:
+def run(dispatch: Callable[[], None], *, needs_config: bool = True) -> None:
   """Parses the flags and runs a command; every way to fail has its line and its exit code."""
   STOP.install()  # before the long imports: an early Ctrl-C would break into them
   keep_freed_memory()
   from dimo_jax.health import RunStopped, disk_is_full
 
   try:
-    app.run(lambda argv: _checked(argv, dispatch), flags_parser=_parse_flags)
+    app.run(lambda argv: _checked(argv, dispatch, needs_config), flags_parser=_parse_flags)
   except (UserError, RunStopped) as error:
     sys.exit(_fail(error, BAD_INPUT if isinstance(error, UserError) else STOPPED))
   except Preempted as error:
@@ -37,10 +37,10 @@ def run(dispatch: Callable[[], None]) -> None:
     os._exit(code)  # a plain exit would let TensorBoard's writer try again, and say so at length
 
 
-def _checked(argv: list[str], dispatch: Callable[[], None]) -> None:
+def _checked(argv: list[str], dispatch: Callable[[], None], needs_config: bool) -> None:
   if len(argv) > 1:
     raise UserError(f"{argv[1]!r} is not a flag; flags begin with --")
-  if CONFIG.value is None:
+  if needs_config and CONFIG.value is None:
     raise UserError("--config is missing; name a config, such as --config=configs/digits.py")
   dispatch()
 
