@@ -44,8 +44,9 @@ def get_config() -> ConfigDict:
 
   config.tokenizer = tokenizer = ConfigDict()
   tokenizer.name = "none"  # a key of TOKENIZERS; "none" trains on tokens without pictures
-  # "vqgan": its weights, a last.ckpt or .safetensors with the published key names (a model.yaml
-  # beside it is compared with them), a folder with both, or "random" for random weights.
+  # "vqgan": its weights, a last.ckpt or .safetensors with the published key names, a folder with
+  # last.ckpt, either in gs://... or hf://owner/repo/file, or "random". A model.yaml beside it must
+  # agree.
   tokenizer.path = ""
   tokenizer.patch_size = 16  # pixels along a token's side
   tokenizer.grid_size = 16  # tokens along the image's side

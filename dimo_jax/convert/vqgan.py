@@ -4,9 +4,9 @@ A `last.ckpt` also holds what the network was trained with: its discriminator an
 loss, all under `loss.`. Those keys are dropped; every other one must have its place.
 """
 
-import difflib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +15,13 @@ import numpy as np
 import yaml
 from flax import traverse_util
 
+from dimo_jax.convert import keys
 from dimo_jax.models.vqgan import VQGAN
 from dimo_jax.types import Params, UserError
 
 _TRAINING_ONLY = "loss."
-_MAX_LISTED = 12  # keys of each kind in an error line
+_YAML_NAME = "model.yaml"
+PUBLISHED_RESOLUTION = 256  # pixels along a side, of the ImageNet models
 
 # (pattern, replacement) from our paths to the published keys.
 _NAMES = (
@@ -65,44 +67,26 @@ def _shapes(network: VQGAN) -> dict[str, tuple[int, ...]]:
 
 
 def from_published(state_dict: Mapping[str, np.ndarray], network: VQGAN) -> Params:
-  """The linen parameters of a network, float32 on the host, from a published state dict.
+  """The linen parameters of a network from a published state dict.
 
   Keys under `loss.` belong to the training alone and are dropped.
 
+  Returns:
+    float32 arrays on the host, which share no memory with `state_dict`.
+
   Raises:
-    UserError: keys are missing, unexpected or misshapen; they are listed, an unexpected one with
-      the missing key that is nearest to it.
+    UserError: keys are missing, unexpected or misshapen; they are listed.
   """
   shapes = _shapes(network)
-  names = {_published(path): path for path in shapes}
-  given = [key for key in state_dict if not key.startswith(_TRAINING_ONLY)]
-  missing = sorted(set(names) - set(given))
-  unexpected = sorted(set(given) - set(names))
-  wrong = [
-    f"{name} {np.shape(state_dict[name])} for {_their_shape(shapes[path])}"
-    for name, path in names.items()
-    if name in state_dict and np.shape(state_dict[name]) != _their_shape(shapes[path])
-  ]
-  if missing or unexpected or wrong:
-    near = [
-      key + "".join(f" (like {name})" for name in difflib.get_close_matches(key, missing, n=1))
-      for key in unexpected[:_MAX_LISTED]
-    ]
-    raise UserError(
-      f"not this VQGAN: missing keys {_listed(missing)}, unexpected keys"
-      f" {_listed(near, len(unexpected))}, misshapen keys {_listed(wrong)}"
-    )
+  given = {k: v for k, v in keys.shapes_of(state_dict).items() if not k.startswith(_TRAINING_ONLY)}
+  expected = {_published(path): _their_shape(shape) for path, shape in shapes.items()}
+  keys.check(given, expected, "this VQGAN")
   flat = {}
-  for name, path in names.items():
-    value = np.asarray(state_dict[name], np.float32)
-    flat[path] = np.ascontiguousarray(value.transpose(2, 3, 1, 0) if value.ndim == 4 else value)
+  for path, shape in shapes.items():
+    value = state_dict[_published(path)]
+    value = value.transpose(2, 3, 1, 0) if len(shape) == 4 else value
+    flat[path] = np.array(value, np.float32, order="C")
   return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _listed(items: list[str], number: int | None = None) -> str:
-  number = len(items) if number is None else number
-  more = f" and {number - _MAX_LISTED} more" if number > _MAX_LISTED else ""
-  return (", ".join(items[:_MAX_LISTED]) or "none") + more
 
 
 def to_published(params: Params) -> dict[str, np.ndarray]:
@@ -116,7 +100,10 @@ def to_published(params: Params) -> dict[str, np.ndarray]:
 
 
 def settings(
-  state_dict: Mapping[str, np.ndarray], *, resolution: int, model_yaml: str = ""
+  state_dict: Mapping[str, np.ndarray],
+  *,
+  resolution: int = PUBLISHED_RESOLUTION,
+  model_yaml: str = "",
 ) -> dict[str, Any]:
   """The fields of VQGAN that a published state dict is for, read off its keys and shapes.
 
@@ -131,25 +118,26 @@ def settings(
   """
   declared = _declared(model_yaml) if model_yaml else {}
   resolution = declared.pop("resolution", resolution)
+  shapes = keys.shapes_of(state_dict)
   try:
-    channels, image_channels = state_dict["encoder.conv_in.weight"].shape[:2]
-    levels = _count(state_dict, "encoder.down.{}.block.0.conv1.weight")
-    widths = [state_dict[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-    codebook_size, code_dim = state_dict["quantize.embedding.weight"].shape
+    channels, image_channels = shapes["encoder.conv_in.weight"][:2]
+    levels = _count(shapes, "encoder.down.{}.block.0.conv1.weight")
+    widths = [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
+    codebook_size, code_dim = shapes["quantize.embedding.weight"]
     found = {
       "channels": channels,
       "channel_mult": tuple(width // channels for width in widths),
-      "num_res_blocks": _count(state_dict, "encoder.down.0.block.{}.conv1.weight"),
+      "num_res_blocks": _count(shapes, "encoder.down.0.block.{}.conv1.weight"),
       "attn_resolutions": tuple(
-        resolution >> i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state_dict
+        resolution >> i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes
       ),
-      "z_channels": state_dict["encoder.conv_out.weight"].shape[0],
+      "z_channels": shapes["encoder.conv_out.weight"][0],
       "codebook_size": codebook_size,
       "code_dim": code_dim,
       "image_channels": image_channels,
     }
-  except (KeyError, ValueError) as error:
-    raise UserError(f"not a VQGAN of taming-transformers: {error}") from None
+  except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+    raise UserError(f"not a VQGAN of taming-transformers: {error} is missing") from None
   if "attn_resolutions" in declared:  # may name some that never occur
     occurring = [resolution >> i for i in range(levels)]
     declared["attn_resolutions"] = tuple(
@@ -161,14 +149,20 @@ def settings(
     if value != found[name]
   ]
   if wrong:
-    raise UserError(f"model.yaml is not of these weights: {'; '.join(wrong)}")
+    raise UserError(f"{_YAML_NAME} is not of these weights: {'; '.join(wrong)}")
   return {"resolution": resolution, **found}
 
 
-def _count(state_dict: Mapping[str, np.ndarray], key: str) -> int:
+def yaml_beside(path: Path) -> str:
+  """The text of the `model.yaml` in a checkpoint's folder, "" where there is none."""
+  path = path.with_name(_YAML_NAME)
+  return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _count(shapes: keys.Shapes, key: str) -> int:
   """How many of `key`, numbered from 0, there are."""
   number = 0
-  while key.format(number) in state_dict:
+  while key.format(number) in shapes:
     number += 1
   return number
 
@@ -185,9 +179,9 @@ def _declared(model_yaml: str) -> dict[str, Any]:
       fields[name] = tuple(map(int, value)) if isinstance(value, list) else int(value)
     double_z = params["ddconfig"].get("double_z", True)
   except yaml.YAMLError as error:
-    raise UserError(f"model.yaml is no yaml: {' '.join(str(error).split())}") from error
+    raise UserError(f"{_YAML_NAME} is no yaml: {' '.join(str(error).split())}") from error
   except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise UserError(f"model.yaml does not describe a VQGAN ({error!r})") from error
+    raise UserError(f"{_YAML_NAME} does not describe a VQGAN ({error!r})") from error
   if double_z:
-    raise UserError("model.yaml says double_z, so its encoder is a variational one, not a VQGAN's")
+    raise UserError(f"{_YAML_NAME} says double_z: its encoder is a variational one, not a VQGAN's")
   return fields

@@ -61,11 +61,10 @@ def _in_parts(
   size = mesh.size * max(1, _PIXELS_PER_DEVICE // (height * width))
   if len(inputs) <= size:
     return np.asarray(call(tokenizer, params, inputs))
-  filled = np.resize(inputs, (-(-len(inputs) // size) * size, *inputs.shape[1:]))
-  parts = [
-    np.asarray(call(tokenizer, params, shard_batch(part, mesh)))
-    for part in np.split(filled, len(filled) // size)
-  ]
+  inputs, parts = np.asarray(inputs), []
+  for start in range(0, len(inputs), size):
+    part = np.resize(inputs[start : start + size], (size, *inputs.shape[1:]))  # the last is filled
+    parts.append(np.asarray(call(tokenizer, params, shard_batch(part, mesh))))
   return np.concatenate(parts)[: len(inputs)]
 
 
@@ -74,6 +73,13 @@ def encode_images(
 ) -> np.ndarray:
   """What the teacher models, of any number of images."""
   return _in_parts(_encode, tokenizer, params, images, mesh)
+
+
+def decode_images(
+  tokenizer: Any, params: Params, encoded: Any, mesh: jax.sharding.Mesh
+) -> Float[np.ndarray, "n h w c"]:
+  """Images of any number of what `encode_images` or a sampler makes."""
+  return _in_parts(_decode, tokenizer, params, encoded, mesh)
 
 
 def sample_images(
@@ -88,7 +94,7 @@ def sample_images(
   `network`.
   """
   encoded = _sample(sampler, network, condition, key)
-  return _in_parts(_decode, tokenizer, network.autoencoder, encoded, mesh), encoded
+  return decode_images(tokenizer, network.autoencoder, encoded, mesh), encoded
 
 
 def generate(

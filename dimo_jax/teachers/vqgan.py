@@ -1,8 +1,7 @@
 """The VQGAN tokenizer: a published network from a file; nothing here is trained."""
 
 import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,11 @@ import numpy as np
 from dimo_jax.convert import files
 from dimo_jax.convert import vqgan as published
 from dimo_jax.models.vqgan import NUM_GROUPS, VQGAN
+from dimo_jax.remote import local_path
 from dimo_jax.types import Array, Float, Int, Key, Params, UserError
 
 RANDOM = "random"  # in place of a path
-_CHECKPOINT, _YAML = "last.ckpt", "model.yaml"
+_CHECKPOINT = "last.ckpt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,9 @@ class VQGANTokenizer:
 
   Attributes:
     network: of square images.
-    path: of its weights: a file with the published key names, a folder with `last.ckpt`, or
-      "random" for random ones. A `model.yaml` in the same folder must agree.
+    path: of its weights, here, in a bucket or on a hub: a file with the published key names, a
+      folder with `last.ckpt`, or "random" for random ones. A `model.yaml` in the same folder must
+      agree.
   """
 
   network: VQGAN
@@ -74,19 +75,21 @@ class VQGANTokenizer:
     del images
     if self.path == RANDOM:
       return self.init(jax.random.key(seed))
-    path = Path(self.path)
-    path = path / _CHECKPOINT if path.is_dir() else path
     try:
-      tensors = files.read(path).tensors
-      self._check_settings(tensors, path.with_name(_YAML))
-      params = published.from_published(tensors, self.network)
+      path = local_path(self.path)
+      archive = files.read(path / _CHECKPOINT if (path / _CHECKPOINT).is_file() else path)
+      self._check_settings(archive)
+      params = published.from_published(archive.tensors, self.network)
     except UserError as error:
       raise UserError(f"tokenizer.path={self.path!r}: {error}") from error
     return jax.tree.map(jnp.asarray, params)
 
-  def _check_settings(self, tensors: Mapping[str, np.ndarray], model_yaml: Path) -> None:
-    text = model_yaml.read_text(encoding="utf-8") if model_yaml.exists() else ""
-    found = published.settings(tensors, resolution=self.network.resolution, model_yaml=text)
+  def _check_settings(self, archive: files.Archive) -> None:
+    found = published.settings(
+      archive.tensors,
+      resolution=self.network.resolution,
+      model_yaml=published.yaml_beside(archive.path),
+    )
     wrong = [
       f"{name} {value} for {getattr(self.network, name)}"
       for name, value in found.items()
@@ -101,12 +104,15 @@ class VQGANTokenizer:
     key = jax.random.wrap_key_data(jax.random.bits(key, (4,)), impl="unsafe_rbg")
     return jax.jit(self.network.init)(key, jnp.zeros((1, *self.image_shape)))["params"]
 
+  def _apply(self, params: Params, inputs: Array, method: str) -> Array:
+    outputs = self.network.apply({"params": params}, inputs, method=method)
+    return cast(Array, outputs)  # not (outputs, state): nothing is mutable
+
   def encode(self, params: Params, images: Float[Array, "b h w c"]) -> Int[Array, "b l"]:
     """The codes of images, row by row."""
-    codes = self.network.apply({"params": params}, images, method="encode")
-    return codes.reshape(len(images), -1)
+    return self._apply(params, images, "encode").reshape(len(images), -1)
 
   def decode(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b h w c"]:
     """Images of codes, within [-1, 1]."""
     codes = tokens.reshape(-1, *self.grid)
-    return jnp.clip(self.network.apply({"params": params}, codes, method="decode"), -1, 1)
+    return jnp.clip(self._apply(params, codes, "decode"), -1, 1)
