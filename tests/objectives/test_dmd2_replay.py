@@ -140,7 +140,7 @@ def initial_params(name):
   tensors = state_dict("07_edm_dhariwal")
   if name != "teacher":
     tensors = perturbed(tensors, {"score": "fake_unet"}.get(name, name))
-  return edm.from_published(tensors, NETWORK)
+  return jax.device_put(edm.from_published(tensors, NETWORK))
 
 
 def initial_fake_params(has_critic):
