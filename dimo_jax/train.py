@@ -124,7 +124,7 @@ def train_teacher(
   if config.teacher.path == "random":
     return prepare.random_teacher(experiment), tokenizer_params
   if config.teacher.path:
-    network, tokenizer = prepare.load_teacher(experiment, Path(config.teacher.path))
+    network, tokenizer = prepare.load_teacher(experiment, config.teacher.path)
     if not (tokenizer and tokenizer_params):
       return network, tokenizer_params
     if jax.tree.map(jnp.shape, tokenizer) != jax.tree.map(jnp.shape, tokenizer_params):

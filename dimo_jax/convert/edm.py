@@ -93,6 +93,8 @@ def sizes(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
   resolutions = sorted(
     {int(match[1]) for name in shapes if (match := _ENCODER.match(name))}, reverse=True
   )
+  if not resolutions:
+    raise UserError("not an EDM network: it has no layers model.enc.*")
   try:
     first = f"model.enc.{resolutions[0]}x{resolutions[0]}"
     emb, noise_channels = shapes["model.map_layer0.weight"]
@@ -120,7 +122,7 @@ def sizes(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
       ),
     }
   except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-    raise UserError(f"not an EDM network: {error} is missing") from None
+    raise UserError(f"not an EDM network: {error!r}") from None
   if is_adm:
     return fields
   aux = {match[1] for name in shapes if (match := re.search(r"enc\..*_aux_(skip|residual)", name))}

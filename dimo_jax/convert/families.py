@@ -6,12 +6,16 @@ distilled from it), the layout in which each is published decides.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from flax import linen as nn
 
 from dimo_jax.convert import critic, edm, maskgit, vqgan
 from dimo_jax.convert.files import Archive, Tensors
 from dimo_jax.models.edm import EDMPrecond, VPPrecond
+from dimo_jax.models.mask_transformer import MaskTransformer
 from dimo_jax.models.unet import ADM, SongUNet
 from dimo_jax.models.vqgan import VQGAN
 from dimo_jax.types import Params, UserError, choose
@@ -19,6 +23,22 @@ from dimo_jax.types import Params, UserError, choose
 _NETWORKS: dict[str, type[ADM] | type[SongUNet]] = {"adm": ADM, "song": SongUNet}
 _IMAGENET_CLASSES = 1000
 _PRECONDITIONED = {"EDMPrecond": EDMPrecond, "VPPrecond": VPPrecond}  # by their published names
+# Fields of both U-Nets or one of them that shapes tell.
+_FIELDS = (
+  "model_channels",
+  "channel_mult",
+  "channel_mult_emb",
+  "num_blocks",
+  "attn_resolutions",
+  "augment_dim",
+  "embedding_type",
+  "channel_mult_noise",
+  "encoder_type",
+  "decoder_type",
+  "resample_filter",
+)
+_GRID, _CODES, _CLASSES = "tokenizer.grid_size", "tokenizer.codebook_size", "data.num_classes"
+_VOCABULARY = "vocabulary"  # codes, mask id, classes and null class, which share a table
 _HEAD, _FAKE, _REAL = "cls_pred_branch.", "fake_unet.", "real_unet."
 
 
@@ -95,6 +115,26 @@ def convert(archive: Archive, family: str = "", *, scan_layers: bool = True) -> 
     raise UserError(f"{archive.path}, read as {name!r}: {error}{hint}") from error
 
 
+def check_sizes(sizes: Mapping[str, Any], network: nn.Module) -> None:
+  """Compares a file's sizes with a network's, by config field.
+
+  Raises:
+    UserError: fields differ; all of them are named.
+  """
+  wanted = _network_sizes(network)
+  if _VOCABULARY in sizes and sizes[_VOCABULARY] == wanted.get(
+    _VOCABULARY
+  ):  # how it divides, no shape says
+    sizes = {name: size for name, size in sizes.items() if name not in (_CODES, _CLASSES)}
+  wrong = [
+    f"{name}={found}, the config {wanted[name]}"
+    for name, found in sizes.items()
+    if name in wanted and found != wanted[name]
+  ]
+  if wrong:
+    raise UserError(f"another architecture: the file has {'; '.join(wrong)}")
+
+
 def denoiser(
   tensors: Tensors, settings: Mapping[str, Any]
 ) -> tuple[EDMPrecond | VPPrecond, dict[str, Any]]:
@@ -108,37 +148,58 @@ def denoiser(
     UserError: no such network, or one with another preconditioning.
   """
   fields = edm.sizes(tensors)
-  kind = fields.pop("kind")
   name = settings.get("class_name", "EDMPrecond")
   if name not in _PRECONDITIONED:
     raise UserError(f"a network in {name} is not supported; known: {', '.join(_PRECONDITIONED)}")
   precond = _PRECONDITIONED[name]
+  model = _NETWORKS[fields.pop("kind")](**fields)
   sigma_data = settings.get("sigma_data")
   options = {"sigma_data": sigma_data} if precond is EDMPrecond and sigma_data else {}
-  outside = {
-    "data.image_size": fields["img_resolution"],
-    "data.num_classes": fields["label_dim"],
+  network = precond(model, **options)
+  sizes = _network_sizes(network)
+  if "class_name" not in settings:  # weights alone do not say
+    sizes = {k: v for k, v in sizes.items() if not k.startswith("process.")}
+  return network, sizes
+
+
+def _network_sizes(network: nn.Module) -> dict[str, Any]:
+  """The sizes of one of our networks, by config field."""
+  if isinstance(network, MaskTransformer):
+    return {
+      "model.hidden_dim": network.hidden_dim,
+      "model.num_layers": network.num_layers,
+      "model.mlp_dim": network.mlp_dim,
+      _GRID: math.isqrt(network.num_tokens),
+      _CODES: network.codebook_size,
+      _CLASSES: network.num_classes,
+      _VOCABULARY: network.codebook_size + 1 + network.num_classes + 1,
+    }
+  model, precond = network.model, type(network)
+  kind = next((name for name, cls in _NETWORKS.items() if isinstance(model, cls)), "mlp")
+  sizes = {f"denoiser.{name}": getattr(model, name) for name in _FIELDS if hasattr(model, name)}
+  if kind != "mlp":
+    resolutions = [model.img_resolution >> i for i in range(len(model.channel_mult))]
+    attending = tuple(res for res in resolutions if res in model.attn_resolutions)
+    sizes["denoiser.attn_resolutions"] = attending
+  return {
+    "denoiser.name": kind,
+    **sizes,
+    "data.image_size": model.img_resolution,
+    _CLASSES: model.label_dim,
+    "process.name": "edm" if precond is EDMPrecond else "variance_preserving",
+    **({"process.sigma_data": network.sigma_data} if precond is EDMPrecond else {}),
   }
-  known: dict[str, Any] = {}
-  if "class_name" in settings:  # weights alone do not say
-    known["process.name"] = "edm" if precond is EDMPrecond else "variance_preserving"
-  if options:
-    known["process.sigma_data"] = sigma_data
-  elsewhere = ("img_resolution", "img_channels", "label_dim")
-  sizes = {f"denoiser.{k}": v for k, v in fields.items() if k not in elsewhere}
-  network = precond(_NETWORKS[kind](**fields), **options)
-  return network, {"denoiser.name": kind, **sizes, **outside, **known}
 
 
 def _masked_sizes(archive: Archive) -> dict[str, Any]:
   found = maskgit.sizes(archive.tensors.shapes)
-  vocabulary, num_tokens = found.pop("vocabulary"), found.pop("num_tokens")
-  sizes = {f"model.{name}": value for name, value in found.items()}
-  sizes |= {"num_tokens": num_tokens, "vocabulary": vocabulary}
-  codebook_size = vocabulary - _IMAGENET_CLASSES - 2  # one table for codes and classes
+  vocabulary = found.pop("vocabulary")
+  sizes: dict[str, Any] = {_GRID: math.isqrt(found.pop("num_tokens"))}
+  sizes |= {f"model.{name}": value for name, value in found.items()}
+  codebook_size = vocabulary - _IMAGENET_CLASSES - 2  # one table for codes, mask, classes, null
   if codebook_size > 0:
-    sizes |= {"tokenizer.codebook_size": codebook_size, "data.num_classes": _IMAGENET_CLASSES}
-  return sizes
+    sizes |= {_CODES: codebook_size, _CLASSES: _IMAGENET_CLASSES}
+  return sizes | {_VOCABULARY: vocabulary}
 
 
 def _masked(part: str) -> Callable[[Archive, bool], dict[str, Params]]:

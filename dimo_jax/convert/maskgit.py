@@ -75,6 +75,14 @@ def unstack_blocks(params: Params) -> Params:
   return rest
 
 
+def arrange(params: Params, *, scan_layers: bool) -> Params:
+  """The tree with its blocks stacked, or each by itself; a tree without blocks as it is."""
+  num_layers = sum(name.startswith("block_") for name in params)
+  if scan_layers and num_layers:
+    return stack_blocks(params, num_layers)
+  return unstack_blocks(params) if not scan_layers and "blocks" in params else params
+
+
 def sizes(shapes: keys.Shapes) -> dict[str, int]:
   """What the shapes of a published state dict say of `MaskTransformer`.
 
