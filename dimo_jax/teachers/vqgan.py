@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dimo_jax.convert import files
+from dimo_jax.convert import families, files
 from dimo_jax.convert import vqgan as published
 from dimo_jax.models.vqgan import NUM_GROUPS, VQGAN
 from dimo_jax.remote import local_path
@@ -83,6 +83,8 @@ class VQGANTokenizer:
       tensors: Mapping[str, np.ndarray] = archive.tensors
       if "codebook" in tensors:  # converted
         tensors = published.to_published(traverse_util.unflatten_dict(dict(tensors), sep="/"))
+      elif (name := families.guess(archive)) != "vqgan":
+        raise UserError(f"it is {families.FAMILIES[name].title}, not a VQGAN")
       self._check_settings(tensors, published.yaml_beside(archive.path))
       params = published.from_published(tensors, self.network)
     except UserError as error:
