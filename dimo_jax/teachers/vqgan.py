@@ -1,6 +1,7 @@
 """The VQGAN tokenizer: a published network from a file; nothing here is trained."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import cast
 
@@ -17,6 +18,11 @@ from dimo_jax.types import Array, Float, Int, Key, Params, UserError
 
 RANDOM = "random"  # in place of a path
 _CHECKPOINT = "last.ckpt"
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _init(network: VQGAN, key: Key, images: Float[Array, "b h w c"]) -> Params:
+  return network.init(key, images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +112,7 @@ class VQGANTokenizer:
     """Random parameters."""
     # Hundreds of initialisers compile several times faster with this generator.
     key = jax.random.wrap_key_data(jax.random.bits(key, (4,)), impl="unsafe_rbg")
-    return jax.jit(self.network.init)(key, jnp.zeros((1, *self.image_shape)))["params"]
+    return _init(self.network, key, jnp.zeros((1, *self.image_shape)))["params"]
 
   def _apply(self, params: Params, inputs: Array, method: str) -> Array:
     outputs = self.network.apply({"params": params}, inputs, method=method)
