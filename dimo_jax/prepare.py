@@ -29,6 +29,7 @@ from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.remote import local_path
 from dimo_jax.state import FirstStage, merge
 from dimo_jax.teachers.maskgit import MaskedTeacher
+from dimo_jax.teachers.vqgan import RANDOM
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
@@ -47,12 +48,22 @@ def load_arrays(source: Source) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
-  """The tokenizer's parameters: from the workdir, or fitted on the training split and saved."""
+  """The tokenizer's parameters: from the workdir, or fitted on the training split and saved there;
+  those of a published tokenizer from its file.
+
+  Raises:
+    UserError: the config or that file differ from what the run was begun with.
+  """
   config, directory = experiment.config, workdir / "tokenizer"
   if not experiment.has_pictures:
     return {}
   directory.mkdir(parents=True, exist_ok=True)
-  check_record(directory, tokenizer_fields(experiment))
+  fields = tokenizer_fields(experiment)
+  if not experiment.tokenizer.needs_images:
+    params = experiment.tokenizer.fit(None, config.seed)
+    check_record(directory, fields | ({"tokenizer.sha256": params_hash(params)} if params else {}))
+    return params
+  check_record(directory, fields)
   path = directory / "tokenizer.safetensors"
   if not path.exists():
     arrays, _ = load_arrays(experiment.source("train"))
@@ -61,8 +72,7 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
     decoded = experiment.tokenizer.decode(params, experiment.tokenizer.encode(params, images))
     error = float(jnp.mean((decoded - images) ** 2))
     save_params(path, params, {"name": config.tokenizer.name, "train_mse": error})
-    if experiment.tokenizer.codebook_size:
-      say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
+    say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
   params, _ = load_params(path)
   return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(params, sep="/"))
 
@@ -105,7 +115,7 @@ def save_teacher(path: Path, network: Params, tokenizer: Params, fields: dict) -
 
 
 def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, Params | None]:
-  """(network parameters, tokenizer parameters or None) of a teacher, checked against the config.
+  """(network parameters, tokenizer parameters if any) of a teacher, checked against the config.
 
   Args:
     experiment: what the teacher must fit.
@@ -121,7 +131,7 @@ def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, 
   if "teacher" in archive.settings:
     _check_process(experiment, field, archive.settings["teacher"])
     tree = traverse_util.unflatten_dict(dict(archive.tensors), sep="/")
-    network, tokenizer = tree["network"], tree.get("tokenizer", {})
+    network, tokenizer = tree["network"], tree.get("tokenizer")
     if isinstance(experiment.teacher, MaskedTeacher):
       network = maskgit.arrange(network, scan_layers=experiment.teacher.network.scan_layers)
   else:
@@ -206,9 +216,11 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
   """What the stages would find one after the other, found before any of them computes.
 
   Raises:
-    UserError: the given teacher cannot be used, or the config differs from the records of the
-      stages begun in `workdir`; all changes are named at once.
+    UserError: the given teacher or tokenizer cannot be used, or the config differs from the records
+      of the stages begun in `workdir`; all changes are named at once.
   """
+  if experiment.config.tokenizer.path not in ("", RANDOM):
+    experiment.tokenizer.fit(None, experiment.config.seed)
   path = experiment.config.teacher.path
   if path not in ("", "random"):
     load_teacher(experiment, path)
@@ -220,12 +232,13 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
   changed: dict[str, str] = {}
   for stage, fields in stages.items():
     changed |= changed_fields(workdir / stage, fields)
-  changed.pop("teacher.sha256", None)  # compared once the teacher is there
+  for name in ("teacher.sha256", "tokenizer.sha256"):  # compared once they are there
+    changed.pop(name, None)
   refuse_changes(workdir, changed)
 
 
 def tokenizer_fields(experiment: Experiment) -> dict:
-  """What a fitted tokenizer depends on, by flat name."""
+  """What a tokenizer depends on, by flat name, a published one's file by its hash."""
   return flat_fields(experiment.config, *_DATA, "tokenizer", "seed")
 
 
@@ -273,7 +286,9 @@ def _network_sections(experiment: Experiment) -> tuple[str, ...]:
 
 
 def flat_fields(config, *names: str) -> dict:
-  """`a.b.c` names and values of the named sections or fields of a config."""
+  """`a.b.c` names and values of the named sections or fields of a config, but for where the
+  tokenizer's file lies.
+  """
   fields: dict[str, Any] = {}
   for name in names:
     value = config
@@ -284,4 +299,5 @@ def flat_fields(config, *names: str) -> dict:
       fields |= {f"{name}.{key}": item for key, item in flat.items()}
     else:
       fields[name] = value
+  fields.pop("tokenizer.path", None)
   return fields

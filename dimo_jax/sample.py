@@ -13,7 +13,7 @@ from dimo_jax.hooks import sampling_network
 from dimo_jax.types import UserError
 from dimo_jax.writers import say
 
-_NUM_COLUMNS = 10
+_NUM_CLASSES, _NUM_EACH = 10, 4  # of the pictures where no labels are given
 
 
 def parse_labels(text: str, num_classes: int) -> np.ndarray:
@@ -23,7 +23,8 @@ def parse_labels(text: str, num_classes: int) -> np.ndarray:
     UserError: not integers, or out of range.
   """
   if not text:
-    return np.arange(4 * min(num_classes, _NUM_COLUMNS), dtype=np.int32) % num_classes
+    num_classes = min(num_classes, _NUM_CLASSES)
+    return np.arange(_NUM_EACH * num_classes, dtype=np.int32) % num_classes
   try:
     labels = np.array([int(part) for part in text.split(",")], np.int32)
   except (ValueError, OverflowError) as error:
@@ -69,7 +70,7 @@ def sample_workdir(
     mesh=experiment.mesh,
   )
   try:
-    pictures.save_png(out, pictures.grid(samples.images, min(len(labels), _NUM_COLUMNS)))
+    pictures.save_png(out, pictures.grid(samples.images))
   except OSError as error:
     raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error
   say(
