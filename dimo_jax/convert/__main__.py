@@ -3,8 +3,8 @@
 python -m dimo_jax.convert --source=PATH [--family=FAMILY] --out=DIR
 
 DIR gets one safetensors file for each network (`teacher`, `generator`, `fake_score`, `critic`,
-`tokenizer`) and `conversion.json`: the family, the sizes that the shapes tell, and the source's SHA-256. A file
-there is replaced whole or not at all, and only once everything was converted.
+`tokenizer`) and `conversion.json`: the family, the sizes that the shapes tell, and the source's
+SHA-256. A file there is replaced whole or not at all, and only once everything was converted.
 """
 
 import argparse
