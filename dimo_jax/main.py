@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from absl import flags, logging
+from absl import flags
 
 from dimo_jax import cli
 from dimo_jax.preemption import STOP
@@ -34,7 +34,6 @@ def _dispatch() -> None:
   # Imported here, so that a mistyped flag is answered before JAX starts.
   from dimo_jax import build, evaluate, pairs, sample, train
 
-  logging.set_verbosity(logging.FATAL)  # orbax logs every step, and errors before it raises them
   experiment, workdir = build.build(cli.CONFIG.value), Path(_WORKDIR.value)
   STOP.raise_if_set()
   best = _CHECKPOINT.value == "best"
