@@ -161,7 +161,7 @@ def test_published_files_of_full_size_are_converted(tmp_path, capsys, family):
   assert convert.main([f"--source={path}", f"--out={tmp_path / 'out'}"]) == 0
   record = json.loads((tmp_path / "out" / "conversion.json").read_text())
   assert record["family"] == family
-  size = {"maskgit": 174, "dimo": 174, "dmd2_guidance": 2 * 296 + 25}.get(family, 296)
+  size = {"maskgit": 174, "dimo": 174, "dmd2_guidance": 2 * 296 + 19}.get(family, 296)
   num_bytes = sum((tmp_path / "out" / name).stat().st_size for name in record["files"])
   assert round(num_bytes / 4e6) == size
   capsys.readouterr()
