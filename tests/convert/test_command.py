@@ -89,7 +89,7 @@ def test_masked_networks_become_teachers(tmp_path, capsys, masked):
       masked, out if part == "teacher" else out / f"{part}.safetensors"
     )
     same(network, expected)
-    assert tokenizer == {}
+    assert not tokenizer
     record = json.loads((out / "conversion.json").read_text())
     assert record["sizes"]["model.num_layers"] == 3
     assert record["files"] == [f"{part}.safetensors"] and len(record["source_sha256"]) == 64
