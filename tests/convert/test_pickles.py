@@ -197,6 +197,14 @@ DAMAGED = {
     lambda path: published.legacy_file(path, {"w": Tensor(X, (2, 3), (3, 1), size=2**40)}),
     "declares 24 elements",
   ),
+  "huge legacy storage that agrees": (
+    lambda path: path.write_bytes(
+      published.legacy_bytes({"w": Tensor(X, (2, 3), (3, 1), size=2**62)}).replace(
+        struct.pack("<q", X.size), struct.pack("<q", 2**62)
+      )
+    ),
+    "cut short",
+  ),
   "repeated element": (tensors(Tensor(X, (2**40,), (0,))), "overlaps itself"),
   "overlapping rows": (tensors(Tensor(X, (4, 4), (3, 1))), "overlaps itself"),
   "beyond the storage": (tensors(Tensor(X, (4,), (1,), 21)), "from 21 on"),
