@@ -1,4 +1,4 @@
-"""Published ablations on digits: `python -m dimo_jax.study --workdir=runs/study`.
+"""Published ablations on digits: `python -m dimo_jax.study`.
 
 Runs the variants of `configs/sweeps/digits.py` over its training seeds, one row of
 docs/reproduction.jsonl each, and renders the tables of docs/reproduction.md from the rows. What has
@@ -28,10 +28,14 @@ from dimo_jax.state import NetworkState
 from dimo_jax.types import UserError
 from dimo_jax.writers import say, write_atomically
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/study", "Folder of the study's runs.")
-_DOCS = flags.DEFINE_string("docs", "docs", "Folder of reproduction.md and reproduction.jsonl.")
-_ONLY = flags.DEFINE_string("only", "", "Regular expression: the questions to run; all by default.")
-_RENDER = flags.DEFINE_bool("render", False, "Render the tables from the rows; run nothing.")
+_RUNS = flags.DEFINE_string("runs", "runs/study", "study: folder of its runs.")
+_DOCS = flags.DEFINE_string(
+  "docs", "docs", "study: folder of reproduction.md and reproduction.jsonl."
+)
+_ONLY = flags.DEFINE_string(
+  "only", "", "study: regular expression: the questions to run; all by default."
+)
+_RENDER = flags.DEFINE_bool("render", False, "study: render the tables from the rows; run nothing.")
 
 _METRICS = ("frechet_distance", "precision", "recall", "class_agreement")
 # The runs are short: nothing is drawn, and saved only at the end.
@@ -195,7 +199,7 @@ def dispatch() -> None:
   if not page.exists():
     raise UserError(f"--docs={_DOCS.value!r} holds no reproduction.md")
   if not _RENDER.value:
-    run_all(rows_path, Path(_WORKDIR.value), _ONLY.value)
+    run_all(rows_path, Path(_RUNS.value), _ONLY.value)
   write_atomically(page, render(page.read_text(encoding="utf-8"), read_rows(rows_path)))
 
 
