@@ -100,7 +100,10 @@ def test_the_tokenizers_file_is_checked_before_any_compute(tmp_path):
   for fields, needle in (
     ({"path": path}, f"tokenizer.path='{path}': does not fit .*z_channels 16 for 8"),
     ({"path": str(tmp_path / "none.ckpt")}, "tokenizer.path=.*none.ckpt does not exist"),
-    ({"path": str(GOLDEN / "01_masktransformer.safetensors")}, "tokenizer.path=.*not a VQGAN"),
+    (
+      {"path": str(GOLDEN / "01_masktransformer.safetensors")},
+      "tokenizer.path=.*it is a MaskGIT, not",
+    ),
   ):
     with pytest.raises(UserError, match=needle) as error:
       prepare.check_workdir(build(config(**fields)), tmp_path)

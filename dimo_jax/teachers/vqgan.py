@@ -1,6 +1,7 @@
 """The VQGAN tokenizer: a published network from a file; nothing here is trained."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import cast
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from dimo_jax.convert import files
+from dimo_jax.convert import families, files
 from dimo_jax.convert import vqgan as published
 from dimo_jax.models.vqgan import NUM_GROUPS, VQGAN
 from dimo_jax.remote import local_path
@@ -17,6 +18,11 @@ from dimo_jax.types import Array, Float, Int, Key, Params, UserError
 
 RANDOM = "random"  # in place of a path
 _CHECKPOINT = "last.ckpt"
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def _init(network: VQGAN, key: Key, images: Float[Array, "b h w c"]) -> Params:
+  return network.init(key, images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,8 @@ class VQGANTokenizer:
       tensors: Mapping[str, np.ndarray] = archive.tensors
       if "codebook" in tensors:  # converted
         tensors = published.to_published(traverse_util.unflatten_dict(dict(tensors), sep="/"))
+      elif (name := families.guess(archive)) != "vqgan":
+        raise UserError(f"it is {families.FAMILIES[name].title}, not a VQGAN")
       self._check_settings(tensors, published.yaml_beside(archive.path))
       params = published.from_published(tensors, self.network)
     except UserError as error:
@@ -104,7 +112,7 @@ class VQGANTokenizer:
     """Random parameters."""
     # Hundreds of initialisers compile several times faster with this generator.
     key = jax.random.wrap_key_data(jax.random.bits(key, (4,)), impl="unsafe_rbg")
-    return jax.jit(self.network.init)(key, jnp.zeros((1, *self.image_shape)))["params"]
+    return _init(self.network, key, jnp.zeros((1, *self.image_shape)))["params"]
 
   def _apply(self, params: Params, inputs: Array, method: str) -> Array:
     outputs = self.network.apply({"params": params}, inputs, method=method)

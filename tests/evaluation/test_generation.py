@@ -15,6 +15,8 @@ from dimo_jax.state import NetworkState
 class Scaling:
   """A tokenizer whose calls tell how many images they were given."""
 
+  case: int  # another one is compiled anew
+
   image_shape = (4, 4, 1)
   codebook_size = 8
 
@@ -70,7 +72,7 @@ def test_images_are_decoded_a_few_at_a_time(two_a_device, n):
   )
   images, encoded = generation.sample_images(
     Given(),
-    Scaling(),
+    Scaling(n),
     network,
     {"class_id": jnp.zeros(n, jnp.int32)},
     jax.random.key(0),
@@ -84,7 +86,7 @@ def test_images_are_decoded_a_few_at_a_time(two_a_device, n):
 @pytest.mark.parametrize("n", [3, 37])
 def test_images_are_encoded_a_few_at_a_time(two_a_device, n):
   images = np.broadcast_to(tokens(n)[:, :, None, None], (n, 4, 4, 1)).astype(np.float32)
-  found = generation.encode_images(Scaling(), {"factor": jnp.asarray(1)}, images, make_mesh())
+  found = generation.encode_images(Scaling(n), {"factor": jnp.asarray(1)}, images, make_mesh())
   np.testing.assert_array_equal(found, tokens(n))
   assert calls == [min(n, 16)]
 

@@ -1,10 +1,12 @@
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dimo_jax.convert import __main__ as convert_main
 from dimo_jax.convert import families, files, vqgan
 from dimo_jax.models.vqgan import VQGAN
 from dimo_jax.teachers.vqgan import VQGANTokenizer
@@ -205,6 +207,20 @@ def test_a_checkpoint_is_known_as_a_vqgan(tmp_path, params):
   assert found.sizes["tokenizer.grid_size"] == 8 and found.sizes["tokenizer.patch_size"] == 2
   assert found.sizes["tokenizer.channel_mult"] == (1, 2)
   jax.tree.map(np.testing.assert_array_equal, found.parts["tokenizer"], params)
+
+
+def test_a_converted_file_is_a_tokenizers(tmp_path, network, params):
+  (tmp_path / "last.ckpt").write_bytes(CHECKPOINT.read_bytes())
+  (tmp_path / "model.yaml").write_text(MODEL_YAML)
+  source = ["--source", str(tmp_path / "last.ckpt"), "--out", str(tmp_path / "out")]
+  assert convert_main.main(source) == 0
+  record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+  assert record["family"] == "vqgan" and record["sizes"]["tokenizer.attn_resolutions"] == [8]
+  path = tmp_path / "out" / "tokenizer.safetensors"
+  found = VQGANTokenizer(network, str(path)).fit(None, 0)
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+  with pytest.raises(UserError, match="code_dim 16 for 8"):
+    VQGANTokenizer(network.clone(code_dim=8), str(path)).fit(None, 0)
 
 
 # The tokenizer's file.
