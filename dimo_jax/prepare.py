@@ -154,14 +154,15 @@ def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, 
 
 def _from_published(experiment: Experiment, field: str, archive: Archive) -> Params:
   """The network of a published file; of one with several, the first that is a teacher."""
-  name = families.guess(archive)
-  family, wanted = families.FAMILIES[name], experiment.config.teacher.name
-  if family.teacher != wanted:
-    fitting = [row.title for row in families.FAMILIES.values() if row.teacher == wanted]
-    raise UserError(
-      f"{field} is {family.title}, and teacher.name={wanted!r} needs {' or '.join(fitting)}"
-    )
+  wanted = experiment.config.teacher.name
   try:
+    name = families.guess(archive)
+    family = families.FAMILIES[name]
+    if family.teacher != wanted:
+      fitting = [row.title for row in families.FAMILIES.values() if row.teacher == wanted]
+      raise UserError(
+        f"it is {family.title}, and teacher.name={wanted!r} needs {' or '.join(fitting)}"
+      )
     families.check_sizes(family.sizes(archive), experiment.teacher.network)
     scan_layers = experiment.config.model.scan_layers
     parts = families.convert(archive, name, scan_layers=scan_layers).parts

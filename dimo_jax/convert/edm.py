@@ -21,7 +21,8 @@ _ENCODER = re.compile(r"model\.enc\.(\d+)x\1_")
 def _shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
   """Paths and shapes of a preconditioned network's parameters."""
   model = network.model
-  image = jnp.zeros((1, model.img_resolution, model.img_resolution, model.img_channels))
+  side = model.img_resolution
+  image = jax.ShapeDtypeStruct((1, side, side, model.img_channels), jnp.float32)
   augment = jnp.zeros((1, model.augment_dim)) if model.augment_dim else None
   tree = jax.eval_shape(network.init, jax.random.key(0), image, jnp.ones(1), None, augment)
   flat = traverse_util.flatten_dict(tree["params"], sep="/")
@@ -103,6 +104,8 @@ def sizes(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     widths = [shapes[f"{block}.conv1.weight"][0] for block in blocks]
     is_adm = "model.out_norm.weight" in shapes
     channels = noise_channels if is_adm else stem
+    if any(not width or width % channels for width in (*widths, emb, noise_channels)):
+      raise ValueError(f"{channels} channels do not divide the layers' {widths}")
     fields = {
       "kind": "adm" if is_adm else "song",
       "img_resolution": resolutions[0],

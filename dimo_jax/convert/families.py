@@ -122,9 +122,8 @@ def check_sizes(sizes: Mapping[str, Any], network: nn.Module) -> None:
     UserError: fields differ; all of them are named.
   """
   wanted = _network_sizes(network)
-  if _VOCABULARY in sizes and sizes[_VOCABULARY] == wanted.get(
-    _VOCABULARY
-  ):  # how it divides, no shape says
+  # How the table divides into codes and classes, no shape says.
+  if _VOCABULARY in sizes and sizes[_VOCABULARY] == wanted.get(_VOCABULARY):
     sizes = {name: size for name, size in sizes.items() if name not in (_CODES, _CLASSES)}
   wrong = [
     f"{name}={found}, the config {wanted[name]}"
@@ -154,7 +153,8 @@ def denoiser(
   precond = _PRECONDITIONED[name]
   model = _NETWORKS[fields.pop("kind")](**fields)
   sigma_data = settings.get("sigma_data")
-  options = {"sigma_data": sigma_data} if precond is EDMPrecond and sigma_data else {}
+  told = precond is EDMPrecond and isinstance(sigma_data, float) and sigma_data > 0
+  options = {"sigma_data": sigma_data} if told else {}
   network = precond(model, **options)
   sizes = _network_sizes(network)
   if "class_name" not in settings:  # weights alone do not say

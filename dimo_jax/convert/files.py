@@ -31,7 +31,7 @@ _INDICES = (  # of weights in several files
   "pytorch_model.bin.index.json",
 )
 _PARALLEL = "module."  # before every key of a network saved from torch's data parallelism
-_MAX_MODULES, _MAX_DEPTH = 100_000, 32  # of a pickled network
+_MAX_MODULES = 10_000  # of a pickled network; ImageNet-64's has some 600
 _HEADER_BYTES = 8  # of a safetensors file: the length of its JSON
 
 
@@ -212,16 +212,19 @@ def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _module_settings(module: StoredModule) -> dict[str, Any]:
-  """What a pickled network was made with, its class as `class_name`; a network inside it under
-  `model`.
+  """What a pickled network was made with, its class as `class_name`; that of the network inside it
+  under `model`.
   """
+  inner = _submodules(module).get("model")
+  return _made_with(module) | ({"model": _made_with(inner)} if inner is not None else {})
+
+
+def _made_with(module: StoredModule) -> dict[str, Any]:
   state = {k: v for k, v in module.state.items() if isinstance(k, str)}
   attributes = _plain({k: v for k, v in state.items() if not k.startswith("_")})
   given = state.get("_init_kwargs")
-  settings = {"class_name": module.name, **attributes}
-  settings |= _plain(given) if isinstance(given, dict) else {}
-  inner = _submodules(module).get("model")
-  return settings | ({"model": _module_settings(inner)} if inner is not None else {})
+  made = _plain(given) if isinstance(given, dict) else {}
+  return {"class_name": module.name, **attributes, **made}
 
 
 def _submodules(module: StoredModule) -> dict[Any, StoredModule]:
@@ -234,21 +237,19 @@ def _submodules(module: StoredModule) -> dict[Any, StoredModule]:
 def _state_dict(path: Path, module: StoredModule) -> dict[str, StoredTensor]:
   """Parameters and buffers of a pickled network by their dotted names."""
   tensors: dict[str, StoredTensor] = {}
-  waiting = [("", module, 0)]
+  waiting = [("", module)]
   for _ in range(_MAX_MODULES):
     if not waiting:
       return tensors
-    prefix, current, depth = waiting.pop()
-    if depth > _MAX_DEPTH:
-      break
+    prefix, current = waiting.pop()
     for kind in ("_parameters", "_buffers"):
       values = current.state.get(kind)
       for name, value in values.items() if isinstance(values, dict) else ():
         if isinstance(value, StoredTensor):
           tensors[f"{prefix}{name}"] = value
     for name, inner in _submodules(current).items():
-      waiting.append((f"{prefix}{name}.", inner, depth + 1))
-  raise UserError(f"{path} holds a network of more than {_MAX_DEPTH} levels or many modules")
+      waiting.append((f"{prefix}{name}.", inner))
+  raise UserError(f"{path} holds a network of more than {_MAX_MODULES} modules")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def read(path: Path) -> tuple[Any, str]:
   """(content, layout) of a pickled file; the layout is "zip", "legacy" or "plain".
 
   Contents are dicts, lists, tuples, sets, strings, numbers, `StoredTensor`, `StoredModule` and
-  `Opaque`; bytes are dropped.
+  `Opaque`; byte strings are left unread.
 
   Raises:
     UserError: the file is damaged, names what is not read, or declares tensors that are not there.
@@ -200,8 +200,50 @@ class _Window:
 
   def skip(self, size: int) -> bool:
     """Passes over bytes; False where there are fewer."""
+    if size > self._end - self.tell():
+      return False
     self._file.seek(size, os.SEEK_CUR)
-    return self.tell() <= self._end
+    return True
+
+
+def _key(value: Any) -> Any:
+  """A dictionary's key; what takes long to hash is no key."""
+  if value is None or type(value) in (str, int, float, bool, Opaque):
+    return value
+  raise ValueError(f"a key of type {type(value).__name__}")
+
+
+def _keys(values: list[Any]) -> list[Any]:
+  return [_key(value) for value in values]
+
+
+def _pairs(values: list[Any]) -> dict[Any, Any]:
+  return dict(zip(_keys(values[::2]), values[1::2], strict=True))
+
+
+_IGNORED = {"PROTO", "FRAME"}
+_VALUES = {
+  *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+  *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
+}
+_BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+  "NONE": lambda: None,
+  "NEWTRUE": lambda: True,
+  "NEWFALSE": lambda: False,
+  "MARK": lambda: _MARK,
+  "EMPTY_TUPLE": tuple,
+  "EMPTY_LIST": list,
+  "EMPTY_DICT": dict,
+  "EMPTY_SET": set,
+}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_GROUPS: dict[str, Callable[[list[Any]], Any]] = {
+  "TUPLE": tuple,
+  "LIST": list,
+  "DICT": _pairs,
+  "FROZENSET": lambda values: frozenset(_keys(values)),
+}
 
 
 class _Machine:
@@ -433,46 +475,6 @@ class _Machine:
     if self._bytes_left < 0:
       raise self._error("declares tensors of many times its size")
     return tensor
-
-
-def _key(value: Any) -> Any:
-  """A dictionary's key; what takes long to hash is no key."""
-  if value is None or type(value) in (str, int, float, bool, Opaque):
-    return value
-  raise ValueError(f"a key of type {type(value).__name__}")
-
-
-def _keys(values: list[Any]) -> list[Any]:
-  return [_key(value) for value in values]
-
-
-def _pairs(values: list[Any]) -> dict[Any, Any]:
-  return dict(zip(_keys(values[::2]), values[1::2], strict=True))
-
-
-_IGNORED = {"PROTO", "FRAME"}
-_VALUES = {
-  *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-  *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
-}
-_BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-  "NONE": lambda: None,
-  "NEWTRUE": lambda: True,
-  "NEWFALSE": lambda: False,
-  "MARK": lambda: _MARK,
-  "EMPTY_TUPLE": tuple,
-  "EMPTY_LIST": list,
-  "EMPTY_DICT": dict,
-  "EMPTY_SET": set,
-}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_GROUPS: dict[str, Callable[[list[Any]], Any]] = {
-  "TUPLE": tuple,
-  "LIST": list,
-  "DICT": _pairs,
-  "FROZENSET": lambda values: frozenset(_keys(values)),
-}
 
 
 def _read_zip(path: Path) -> Any:

@@ -220,6 +220,20 @@ def test_files_of_another_family_say_of_which(tmp_path):
     families.convert(files.read(tmp_path / "x"))
 
 
+def test_sizes_that_no_network_has_are_refused(tmp_path):
+  tensors = state_dict("07_edm_dhariwal")
+  narrow = tensors | {"model.enc.8x8_block0.conv1.weight": np.zeros((0, 64, 3, 3), np.float32)}
+  huge = {k.replace("enc.16x16", f"enc.{2**40}x{2**40}"): v for k, v in tensors.items()}
+  for name, changed, needle in (
+    ("narrow", narrow, "32 channels do not divide"),
+    ("huge", huge, "missing keys model.dec.1099511627776x1099511627776_block0"),
+  ):
+    path = published.zip_file(tmp_path / name, changed)
+    with pytest.raises(UserError) as error:
+      families.convert(files.read(path))
+    assert needle in str(error.value)
+
+
 def test_sizes_are_compared_with_the_config():
   sizes = MASKED_SIZES | {"tokenizer.codebook_size": 40, "data.num_classes": 2}
   options = {"codebook_size": 32, "num_classes": 10, "num_tokens": 16, "num_heads": 4}

@@ -197,6 +197,14 @@ DAMAGED = {
     lambda path: published.legacy_file(path, {"w": Tensor(X, (2, 3), (3, 1), size=2**40)}),
     "declares 24 elements",
   ),
+  "huge legacy storage that agrees": (
+    lambda path: path.write_bytes(
+      published.legacy_bytes({"w": Tensor(X, (2, 3), (3, 1), size=2**62)}).replace(
+        struct.pack("<q", X.size), struct.pack("<q", 2**62)
+      )
+    ),
+    "cut short",
+  ),
   "repeated element": (tensors(Tensor(X, (2**40,), (0,))), "overlaps itself"),
   "overlapping rows": (tensors(Tensor(X, (4, 4), (3, 1))), "overlaps itself"),
   "beyond the storage": (tensors(Tensor(X, (4,), (1,), 21)), "from 21 on"),
@@ -308,7 +316,7 @@ def test_networks_without_bottom_are_refused(tmp_path, loop):
   make = b"ctorch.nn.modules.container\nModuleDict\n)\x81q"
   modules = b"}X\x08\x00\x00\x00_modules}"
   if loop:
-    opcodes = make + b"\x00" + modules + b"X\x01\x00\x00\x00ah\x00ssb"
+    opcodes = make + b"\x00" + modules + b"X\x05\x00\x00\x00modelh\x00ssb"
   else:
     opcodes = (
       make
@@ -325,7 +333,7 @@ def test_networks_without_bottom_are_refused(tmp_path, loop):
     )
   path = tmp_path / "x"
   path.write_bytes(b"\x80\x02}X\x03\x00\x00\x00ema" + opcodes + b"s.")
-  with pytest.raises(UserError, match="levels or many modules"):
+  with pytest.raises(UserError, match="more than 10000 modules"):
     files.read(path)
 
 
