@@ -21,7 +21,7 @@ def image_batches(
   seed: int,
   start_step: int,
   num_steps: int,
-  num_threads: int,
+  num_threads: int = 1,
   flip: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of steps start_step .. start_step + num_steps - 1, numpy, of images or pairs.
@@ -40,7 +40,9 @@ def image_batches(
   """
   # Grain shuffles epoch e with seed + e: without the hash, run 1 would be run 0 an epoch later.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  samples = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat()
+  # As many epochs as are needed: endless ones have no length that batches of one could count.
+  num_epochs = max(1, -(-(start_step + num_steps) * batch_size // len(source)))
+  samples = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat(num_epochs)
   if flip:
     samples = samples.seed(shuffle_seed).random_map(_flip)
   batches = samples.batch(batch_size)

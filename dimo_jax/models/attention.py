@@ -59,12 +59,13 @@ def _attention_backward(residuals, gradient):
   dtype = query.dtype
   # What softmax's gradient subtracts: the mean of d_weights by the weights.
   mean = jnp.sum(gradient * output, axis=-1, keepdims=True) / total
+  transposed = (gradient.swapaxes(-1, -2) / total.swapaxes(-1, -2)).astype(dtype)
   gradient = (gradient / total).astype(dtype)
   d_weights = jnp.matmul(gradient, value.swapaxes(-1, -2), preferred_element_type=jnp.float32)
   d_scores = (weights * (d_weights - mean)).astype(dtype)
   d_query = (d_scores @ key) * query.shape[-1] ** -0.5
   d_key = (query.swapaxes(-1, -2) @ d_scores).swapaxes(-1, -2)
-  d_value = (gradient.swapaxes(-1, -2) @ weights).swapaxes(-1, -2)
+  d_value = (transposed @ weights).swapaxes(-1, -2)
   return d_query, d_key, d_value
 
 
