@@ -40,6 +40,9 @@ def get_config() -> ConfigDict:
   data.image_size = 0  # "folder", "tfds": pixels a side, scaled and cropped; 0: all have one size
   data.pairs = ""  # noise-image pairs made by --mode=pairs, for dmd2.regression_weight
   data.flip = False  # mirror training images at random (DMD2 on ImageNet-64 does)
+  # Threads that read ahead, each a whole batch. Small images in memory are read under the
+  # interpreter's lock, where more than one only wait for each other; files to decode want several.
+  data.num_read_threads = 1
   data.num_classes = 1000  # ImageNet's; the null class is one more
 
   config.tokenizer = tokenizer = ConfigDict()

@@ -92,6 +92,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
         config.data.path,
         image_size=config.data.image_size,
         tfds_name=config.data.tfds_name,
+        num_classes=config.data.num_classes,
       )
       for split in ("train", "test")
     )
@@ -213,6 +214,7 @@ def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   check_batch(config.train.batch_size, mesh, "train.batch_size")
   choose(dict.fromkeys(STORAGE_DTYPES), config.precision.teacher_dtype, "precision.teacher_dtype")
   positive = (
+    ("data", "num_read_threads"),
     ("train", "num_steps"),
     ("train", "accumulation"),
     ("train", "ema_every_steps"),

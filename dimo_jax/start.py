@@ -70,12 +70,24 @@ def teacher_state(
 
 
 def jit_distill_step(
-  experiment: Experiment, state: DistillState, teacher: NetworkState
+  experiment: Experiment,
+  state: DistillState,
+  teacher: NetworkState,
+  num_rounds: int | None = None,
 ) -> jax.stages.Wrapped:
-  """The jitted iteration `(state, teacher, batch, base_key) -> (state, metrics)`."""
+  """The jitted iteration `(state, teacher, batch, base_key) -> (state, metrics)`.
+
+  `num_rounds` stops it after so many fake-score rounds.
+  """
   train = experiment.config.train
   return jit_step(
-    functools.partial(distill_step, experiment.objective, train.ema_decay, train.ema_every_steps),
+    functools.partial(
+      distill_step,
+      experiment.objective,
+      train.ema_decay,
+      train.ema_every_steps,
+      num_rounds=num_rounds,
+    ),
     experiment.mesh,
     state,
     teacher,
@@ -99,6 +111,7 @@ def distill_batches(experiment: Experiment, start: int, num_steps: int) -> Itera
       seed=seed,
       start_step=start,
       num_steps=num_steps,
+      num_threads=config.data.num_read_threads,
       flip=config.data.flip,
     )
   else:
@@ -117,6 +130,7 @@ def distill_batches(experiment: Experiment, start: int, num_steps: int) -> Itera
       seed=seed + 1,
       start_step=start,
       num_steps=num_steps,
+      num_threads=config.data.num_read_threads,
     )
   for batch, pair in zip(stream, pairs, strict=False):
     if experiment.objective.uses_images:

@@ -170,6 +170,7 @@ def _pretrain(experiment: Experiment, directory: Path, tokenizer_params: Params)
       seed=experiment.config.seed,
       start_step=start,
       num_steps=pretrain.num_steps - start,
+      num_threads=experiment.config.data.num_read_threads,
       flip=experiment.config.data.flip,
     )
     return (shard_batch(batch, experiment.mesh) for batch in stream)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from configs import base, digits_dmd2, imagenet64
+from configs import base, benchmark, digits_dmd2, imagenet64
 from dimo_jax.build import build
 from dimo_jax.health import Health
 from dimo_jax.models.mask_transformer import MaskTransformer
@@ -119,15 +119,10 @@ def test_a_preset_can_be_built(preset):
 
 
 @pytest.mark.parametrize("variant", imagenet64.VARIANTS)
-def test_imagenet64_is_the_published_network(variant, tmp_path):
+def test_imagenet64_is_the_published_network(variant):
   """296 M parameters (published); the images here are a stand-in for the data set."""
   config = imagenet64.get_config(variant)
-  arrays = {}
-  for split in ("train", "test"):
-    arrays[f"images_{split}"] = np.zeros((1000, 64, 64, 3), np.uint8)
-    arrays[f"labels_{split}"] = np.arange(1000)
-  np.savez(tmp_path / "arrays.npz", **arrays)
-  config.data.update(name="arrays", path=str(tmp_path / "arrays.npz"), tfds_name="")
+  config.data.update(name="noise", image_size=64, tfds_name="")
   config.teacher.path = "random"
   experiment = build(config)
   shapes = jax.eval_shape(experiment.teacher.init, jax.random.key(0))
@@ -136,9 +131,29 @@ def test_imagenet64_is_the_published_network(variant, tmp_path):
   assert experiment.student_sampler.sigmas == (80.0,)
 
 
+@pytest.mark.parametrize(
+  ("variant", "millions"), [("dimo", 7.62), ("dmd2", 12.25)], ids=["dimo", "dmd2"]
+)
+def test_the_benchmarks_networks_are_the_references(variant, millions):
+  """Counted in the PyTorch networks that they are timed against."""
+  config = benchmark.get_config(variant)
+  config.teacher.path = "random"
+  config.train.batch_size = 8  # a multiple of the fake devices
+  experiment = build(config)
+  shapes = jax.eval_shape(experiment.teacher.init, jax.random.key(0))
+  total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  assert total / 1e6 == pytest.approx(millions, abs=0.005)
+  if variant == "dmd2":
+    state = experiment.teacher.frozen_state(shapes, {})
+    critic = jax.eval_shape(
+      lambda s: experiment.objective.fake_score_params(jax.random.key(0), s), state
+    )["critic"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(critic)) == 1_180_993
+
+
 def test_variants_are_named():
   assert len(digits_dmd2.get_config("four_step").dmd2.student_sigmas) == 4
-  for module in (digits_dmd2, imagenet64):
+  for module in (digits_dmd2, imagenet64, benchmark):
     with pytest.raises(ValueError, match="nope is unknown; known: "):
       module.get_config("nope")
 

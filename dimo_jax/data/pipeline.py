@@ -13,11 +13,6 @@ from dimo_jax.data.sources import PairSource, Source
 
 __all__ = ["condition_batches", "image_batches"]
 
-# One thread ahead of the loop. A batch of 64 digits costs 2.3 ms of Python, all under the
-# interpreter's lock: beside 15 ms of device work one thread hides it, none adds 3 ms, and two or
-# more fight for the lock (3.7 ms a batch). Measured on two CPU cores, November 2026.
-READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-
 
 def image_batches(
   source: Source | PairSource,
@@ -26,6 +21,7 @@ def image_batches(
   seed: int,
   start_step: int,
   num_steps: int,
+  num_threads: int = 1,
   flip: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of steps start_step .. start_step + num_steps - 1, numpy, of images or pairs.
@@ -35,6 +31,7 @@ def image_batches(
 
   Args:
     seed: not negative.
+    num_threads: that read ahead, each a whole batch; they do not change what is read.
     flip: mirror each sample left to right, or not, at random.
 
   Yields:
@@ -43,11 +40,14 @@ def image_batches(
   """
   # Grain shuffles epoch e with seed + e: without the hash, run 1 would be run 0 an epoch later.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-  samples = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat()
+  # As many epochs as are needed: endless ones have no length that batches of one could count.
+  num_epochs = max(1, -(-(start_step + num_steps) * batch_size // len(source)))
+  samples = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat(num_epochs)
   if flip:
     samples = samples.seed(shuffle_seed).random_map(_flip)
   batches = samples.batch(batch_size)
-  yield from batches[start_step : start_step + num_steps].to_iter_dataset(READ_OPTIONS)
+  options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
+  yield from batches[start_step : start_step + num_steps].to_iter_dataset(options)
 
 
 def _flip(sample: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Labelled images by index: one small protocol, and a registry by config name."""
 
+import functools
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 SPLITS = ("train", "test")
+_NUM_NOISE_IMAGES = 50_000
 
 
 @runtime_checkable
@@ -77,8 +79,41 @@ class ArraySource:
     return h, w, c
 
 
+@dataclass(frozen=True)
+class NoiseSource:
+  """Uniformly random pixels, made when they are asked for: a data set's stand-in."""
+
+  split: str
+  image_size: int
+  num_classes: int
+  num_levels: int = 256
+
+  def __len__(self) -> int:
+    return _NUM_NOISE_IMAGES
+
+  def __getitem__(self, index: SupportsIndex, /) -> dict[str, np.ndarray]:
+    index = index.__index__()
+    rng = np.random.default_rng([SPLITS.index(self.split), index])
+    levels = rng.integers(self.num_levels, size=self.image_shape, dtype=np.uint8)
+    return sample(levels, self.labels[index], self.num_levels)
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return self.image_size, self.image_size, 3
+
+  @functools.cached_property
+  def labels(self) -> Int32[np.ndarray, " n"]:
+    return np.arange(len(self), dtype=np.int32) % self.num_classes
+
+
 def load_source(
-  name: str, split: str, path: str | None = None, *, image_size: int = 0, tfds_name: str = ""
+  name: str,
+  split: str,
+  path: str | None = None,
+  *,
+  image_size: int = 0,
+  tfds_name: str = "",
+  num_classes: int = 0,
 ) -> Source:
   """The `split` ("train" or "test") of the source that the config calls `name`.
 
@@ -86,6 +121,7 @@ def load_source(
     path: where the data lie, for sources that read files; None or "" for the others.
     image_size: pixels a side that images are scaled and cropped to; 0 where all have one size.
     tfds_name: of the data set, for "tfds".
+    num_classes: of sources that know none of their own; others do not look at it.
 
   Raises:
     UserError: unknown name or split, a field that is missing, not wanted or names bad data.
@@ -102,6 +138,7 @@ def load_source(
       )
   if image_size < 0:
     raise UserError(f"data.image_size={image_size} must be positive, or 0 for images of one size")
+  given["num_classes"] = num_classes
   return row.load(split, **{field: given[field] for field in row.fields})
 
 
@@ -150,6 +187,14 @@ def _arrays(split: str, path: str | None) -> Source:
       f"{num_classes - 1} (the largest of labels_train)"
     )
   return ArraySource(images, labels.astype(np.int32), num_classes, num_levels=256)
+
+
+def _noise(split: str, image_size: int, num_classes: int) -> Source:
+  """RGB noise of any size, to try a config without its data set."""
+  if not image_size or num_classes < 1:
+    name, value = ("num_classes", num_classes) if image_size else ("image_size", image_size)
+    raise UserError(f"data.{name}={value} must be positive with data.name='noise'")
+  return NoiseSource(split, image_size, num_classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +260,7 @@ class Row:
 SOURCES = {
   "digits": Row(_digits),
   "arrays": Row(_arrays, ("path",)),
+  "noise": Row(_noise, ("image_size", "num_classes")),
   "folder": Row(load_folder, ("path", "image_size")),
   "tfds": Row(load_tfds, ("path", "image_size", "tfds_name")),
 }

@@ -36,29 +36,37 @@ def row_matmul(x, kernel, dimension_numbers, precision=None, preferred_element_t
   return _matmul(x, kernel)
 
 
-def _weights(query: Float[Array, "b h n d"], key: Float[Array, "b h n d"]):
-  scores = query @ key.swapaxes(-1, -2) * query.shape[-1] ** -0.5
-  return jax.nn.softmax(scores.astype(jnp.float32)).astype(query.dtype)
-
-
 @jax.custom_vjp
 def _attention(query, key, value):
-  return _weights(query, key) @ value
+  return _attention_forward(query, key, value)[0]
 
 
 def _attention_forward(query, key, value):
-  weights = _weights(query, key)
-  return weights @ value, (query, key, value, weights)
+  # Nothing but the exponential touches all pairs twice: the scale goes to the query, the
+  # normalisation to the output.
+  dtype = query.dtype
+  query = query * query.shape[-1] ** -0.5
+  scores = jnp.matmul(query, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  weights = weights.astype(dtype)
+  output = jnp.matmul(weights, value, preferred_element_type=jnp.float32) / total
+  return output.astype(dtype), (query, key, value, weights, total, output)
 
 
 def _attention_backward(residuals, gradient):
-  query, key, value, weights = residuals
-  d_weights = gradient @ value.swapaxes(-1, -2)
-  scale = query.shape[-1] ** -0.5
-  d_scores = weights * (d_weights - jnp.sum(d_weights * weights, axis=-1, keepdims=True)) * scale
+  query, key, value, weights, total, output = residuals  # the query scaled, the weights not
+  dtype = query.dtype
+  # What softmax's gradient subtracts: the mean of d_weights by the weights.
+  mean = jnp.sum(gradient * output, axis=-1, keepdims=True) / total
+  transposed = (gradient.swapaxes(-1, -2) / total.swapaxes(-1, -2)).astype(dtype)
+  gradient = (gradient / total).astype(dtype)
+  d_weights = jnp.matmul(gradient, value.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+  d_scores = (weights * (d_weights - mean)).astype(dtype)
+  d_query = (d_scores @ key) * query.shape[-1] ** -0.5
   d_key = (query.swapaxes(-1, -2) @ d_scores).swapaxes(-1, -2)
-  d_value = (gradient.swapaxes(-1, -2) @ weights).swapaxes(-1, -2)
-  return d_scores @ key, d_key, d_value
+  d_value = (transposed @ weights).swapaxes(-1, -2)
+  return d_query, d_key, d_value
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -67,11 +75,6 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def attention(
   query: Float[Array, "b n h d"], key: Float[Array, "b n h d"], value: Float[Array, "b n h d"]
 ) -> Float[Array, "b n h d"]:
-  """Scaled dot-product attention over all positions, softmax in float32.
-
-  Accelerators take `jax.nn.dot_product_attention`.
-  """
-  if jax.default_backend() != "cpu":
-    return jax.nn.dot_product_attention(query, key, value)
+  """Scaled dot-product attention over all positions, softmax in float32."""
   query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
   return _attention(query, key, value).swapaxes(1, 2)

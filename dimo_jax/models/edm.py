@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dimo_jax.processes.gaussian import Preconditioning, preconditioning
 from dimo_jax.types import Array, Float, Int
 
 Output = Literal["x0", "bottleneck", "both"]
@@ -39,8 +40,8 @@ class _Precond(nn.Module):
 
   model: nn.Module
 
-  def scalings(self, sigma: Float[Array, " b"]) -> tuple[Array, Array, Array, Array]:
-    """(c_skip, c_out, c_in, c_noise) of a noise level."""
+  def scalings(self, sigma: Float[Array, " b"]) -> Preconditioning:
+    """The scales at each noise level."""
     raise NotImplementedError
 
   @nn.compact
@@ -102,22 +103,17 @@ class EDMPrecond(_Precond):
 
   sigma_data: float = 0.5
 
-  def scalings(self, sigma: Float[Array, " b"]) -> tuple[Array, Array, Array, Array]:
-    """(c_skip, c_out, c_in, c_noise) of a noise level."""
-    variance = sigma**2 + self.sigma_data**2
-    deviation = jnp.sqrt(variance)
-    return (
-      self.sigma_data**2 / variance,
-      sigma * self.sigma_data / deviation,
-      1 / deviation,
-      jnp.log(sigma) / 4,
-    )
+  def scalings(self, sigma: Float[Array, " b"]) -> Preconditioning:
+    """The scales at each noise level."""
+    return preconditioning(sigma, self.sigma_data)
 
 
 class VPPrecond(_Precond):
   """The scaling of the variance-preserving networks: they predict noise, at times 0 to 999."""
 
-  def scalings(self, sigma: Float[Array, " b"]) -> tuple[Array, Array, Array, Array]:
-    """(c_skip, c_out, c_in, c_noise) of a noise level."""
+  def scalings(self, sigma: Float[Array, " b"]) -> Preconditioning:
+    """The scales at each noise level."""
     c_in = 1 / jnp.sqrt(sigma**2 + 1)
-    return jnp.ones_like(sigma), -sigma, c_in, (_NUM_TIMESTEPS - 1) * vp_time(sigma)
+    return Preconditioning(
+      jnp.ones_like(sigma), -sigma, c_in, (_NUM_TIMESTEPS - 1) * vp_time(sigma)
+    )

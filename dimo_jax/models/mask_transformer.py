@@ -13,6 +13,7 @@ from flax.linen import initializers
 from jax.typing import DTypeLike
 
 from dimo_jax.models.attention import attention, row_matmul
+from dimo_jax.models.layers import LayerNorm, gelu
 from dimo_jax.processes.masking import perturb
 from dimo_jax.types import Array, Float, Int, Key
 
@@ -41,15 +42,14 @@ class Block(nn.Module):
     dense = functools.partial(
       nn.Dense, dtype=self.dtype, kernel_init=_KERNEL_INIT, dot_general=row_matmul
     )
-    norm = functools.partial(
-      nn.LayerNorm, epsilon=_NORM_EPSILON, use_fast_variance=False, dtype=self.dtype
-    )
+    norm = functools.partial(LayerNorm, _NORM_EPSILON, self.dtype)
     dropout = functools.partial(nn.Dropout, self.dropout, deterministic=deterministic)
     b, n, d = x.shape
 
     y = norm(name="attention_norm")(x)
     qkv = dense(3 * d, kernel_init=initializers.xavier_uniform(), name="attention_qkv")(y)
-    query, key, value = jnp.moveaxis(qkv.reshape(b, n, 3, self.num_heads, -1), 2, 0)
+    # Split, not indexed: the gradient is then one concatenation.
+    query, key, value = (x.reshape(b, n, self.num_heads, -1) for x in jnp.split(qkv, 3, axis=-1))
     if deterministic or self.dropout == 0:
       y = attention(query, key, value)
     else:  # dropout on the attention weights, as torch's multi-head attention has it
@@ -65,7 +65,7 @@ class Block(nn.Module):
     x = x + dense(d, name="attention_out")(y.reshape(b, n, d))
 
     y = norm(name="mlp_norm")(x)
-    y = dropout()(nn.gelu(dense(self.mlp_dim, name="mlp_in")(y), approximate=False))
+    y = dropout()(gelu(dense(self.mlp_dim, name="mlp_in")(y)))
     return x + dropout()(dense(d, name="mlp_out")(y)), None
 
 
@@ -127,9 +127,7 @@ class MaskTransformer(nn.Module):
     dense = functools.partial(
       nn.Dense, d, dtype=self.dtype, kernel_init=_KERNEL_INIT, dot_general=row_matmul
     )
-    norm = functools.partial(
-      nn.LayerNorm, epsilon=_STEM_NORM_EPSILON, use_fast_variance=False, dtype=self.dtype
-    )
+    norm = functools.partial(LayerNorm, _STEM_NORM_EPSILON, self.dtype)
     dropout = functools.partial(nn.Dropout, self.dropout, deterministic=deterministic)
     embedding_init = initializers.truncated_normal(_EMBEDDING_STD)
     table = self.param("token_embedding", embedding_init, (table_size, d))
@@ -145,7 +143,7 @@ class MaskTransformer(nn.Module):
     x = (jnp.concatenate([image, label], axis=1) + position).astype(self.dtype)
 
     x = dropout()(norm(name="first_norm_1")(x))
-    x = nn.gelu(dense(name="first_dense_1")(x), approximate=False)
+    x = gelu(dense(name="first_dense_1")(x))
     x = dropout()(norm(name="first_norm_2")(x))
     x = dense(name="first_dense_2")(x)
 
@@ -167,7 +165,7 @@ class MaskTransformer(nn.Module):
 
     x = x[:, : self.num_tokens]  # the class position has no output
     x = dropout()(norm(name="last_norm_1")(x))
-    x = nn.gelu(dense(name="last_dense")(x), approximate=False)
+    x = gelu(dense(name="last_dense")(x))
     x = norm(name="last_norm_2")(x)
     num_outputs = self.codebook_size + 1
     logits = jnp.einsum(

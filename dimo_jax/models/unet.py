@@ -120,13 +120,28 @@ def upsample(
 
 
 def _upsampled_conv(x, kernel, *arguments, **options):
-  """For `nn.Conv(conv_general_dilated=...)`: a 3x3 convolution of the image repeated 2x2 times.
+  """For `nn.Conv(conv_general_dilated=...)`: a 3x3 convolution of the image repeated 2x2 times."""
+  del arguments, options  # nn.Conv's are the plain ones
+
+  def repeated(x, kernel):
+    return _conv(upsample(x), kernel, "SAME")
+
+  return jax.lax.platform_dependent(x, kernel, cpu=_phase_convs, default=repeated)
+
+
+def _conv(x, kernel, padding):
+  return jax.lax.conv_general_dilated(
+    x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+
+
+def _phase_convs(x, kernel):
+  """The convolution of the repeated image, one output phase at a time.
 
   Each of the four output phases sees only 2x2 different pixels, so it convolves the small image
   with a kernel whose equal taps are summed: 4/9 of the operations. On a CPU core a training step
   of an ADM at 64 channels, 32x32, becomes 5% shorter.
   """
-  del arguments, options  # nn.Conv's are the plain ones
   rows = []
   for i in (0, 1):
     columns = []
@@ -136,12 +151,7 @@ def _upsampled_conv(x, kernel, *arguments, **options):
         first, middle, last = jnp.split(taps, 3, axis)
         pair = [first + middle, last] if phase else [first, middle + last]
         taps = jnp.concatenate(pair, axis)
-      padding = [(1 - i, i), (1 - j, j)]
-      columns.append(
-        jax.lax.conv_general_dilated(
-          x, taps, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-      )
+      columns.append(_conv(x, taps, [(1 - i, i), (1 - j, j)]))
     rows.append(jnp.stack(columns, axis=3))
   b, h, w, _ = x.shape
   return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, -1)
@@ -250,8 +260,7 @@ class Block(nn.Module):
     c = self.channels
 
     y, options = nn.silu(norm(name="norm0")(x)), self.layer_init(9 * x.shape[-1])
-    repeats = self.resample == "up" and self.resample_filter == _BOX_FILTER
-    if repeats and jax.default_backend() == "cpu":
+    if self.resample == "up" and self.resample_filter == _BOX_FILTER:
       options["conv_general_dilated"] = _upsampled_conv
     else:
       y = self._resampled(y)

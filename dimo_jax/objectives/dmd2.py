@@ -417,14 +417,17 @@ class Dmd2:
     loss = weighted_error(prediction, x0, self.process.loss_weight(draws.denoising.sigma))
     metrics = {"fake_score/denoising_loss": loss}
     if self.has_critic:
-      params = fake_score.all_params
-      fake_logits = self._logits(
-        params, nets, add_noise(x0, draws.critic_fake.noise, draws.critic_fake.sigma), condition
-      )
       images = _images(batch, f"dmd2.gan_critic_weight={self.gan_critic_weight}")
       real_condition = {"class_id": batch["class_id"]}
+      fake = add_noise(x0, draws.critic_fake.noise, draws.critic_fake.sigma)
       real = add_noise(images, draws.critic_real.noise, draws.critic_real.sigma)
-      real_logits = self._logits(params, nets, real, real_condition)
+      seen = [(fake, condition), (real, real_condition)]
+      if self.r1_weight:
+        perturbed = real.replace(xt=real.xt + self.r1_alpha * draws.r1_noise)
+        seen.append((perturbed, real_condition))
+      together = jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)  # one pass for all
+      logits = self._logits(fake_score.all_params, nets, *together)
+      fake_logits, real_logits, *others = jnp.split(logits, len(seen))
       critic = adversarial.critic_loss(real_logits, fake_logits)
       loss += self.gan_critic_weight * critic
       metrics |= {
@@ -433,9 +436,7 @@ class Dmd2:
         "critic/fake_probability": jnp.mean(jax.nn.sigmoid(fake_logits)),
       }
       if self.r1_weight:
-        perturbed = real.replace(xt=real.xt + self.r1_alpha * draws.r1_noise)
-        perturbed_logits = self._logits(params, nets, perturbed, real_condition)
-        r1 = adversarial.approximate_r1(real_logits, perturbed_logits)
+        r1 = adversarial.approximate_r1(real_logits, *others)
         loss += self.r1_weight * r1
         metrics["critic/r1_loss"] = r1
     return loss, (metrics | {"fake_score/loss": loss}, extra)

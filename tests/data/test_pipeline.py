@@ -1,5 +1,6 @@
 import itertools
 import multiprocessing
+import threading
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_image_batches_shapes_and_pairs():
   assert (ids_of(batch) % 3).tolist() == batch["class_id"].tolist()  # image and class stay paired
 
 
-@pytest.mark.parametrize("batch_size", [8, 10, 64])
+@pytest.mark.parametrize("batch_size", [1, 8, 10, 64])
 def test_every_sample_once_per_epoch_in_a_new_order(batch_size):
   flat = list(itertools.chain(*image_ids(0, 320 // batch_size + 1, batch_size=batch_size)))
   epochs = [flat[50 * e : 50 * (e + 1)] for e in range(6)]
@@ -102,6 +103,27 @@ def test_condition_shapes():
   (batch,) = condition_batches(5, shape=(3, 2, 4), seed=0, start_step=9, num_steps=1)
   assert batch["class_id"].shape == (3, 2, 4)
   assert batch["class_id"].dtype == np.int32
+
+
+class Meeting:
+  """A source whose every image waits until `num` threads ask for one."""
+
+  def __init__(self, num):
+    self.source, self.barrier = numbered(50), threading.Barrier(num)
+
+  def __len__(self):
+    return len(self.source)
+
+  def __getitem__(self, index):
+    self.barrier.wait(timeout=10)
+    return self.source[index]
+
+
+def test_threads_read_at_once_and_keep_the_order():
+  options = {"batch_size": 8, "seed": 3, "start_step": 2, "num_steps": 8}
+  wanted = [ids_of(batch).tolist() for batch in image_batches(numbered(50), **options)]
+  several = image_batches(Meeting(4), num_threads=4, **options)
+  assert [ids_of(batch).tolist() for batch in several] == wanted
 
 
 def test_flips_are_random_half_and_the_same_after_a_resume():

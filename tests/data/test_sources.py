@@ -11,6 +11,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 from sklearn.datasets import load_digits
 
 from dimo_jax.data.pipeline import image_batches
@@ -60,7 +61,7 @@ def test_digits_split_is_fixed_and_stratified():
   assert np.abs(share - 0.2).max() < 0.005
 
 
-@pytest.mark.parametrize("name", ["digits", "arrays", "folder", "tfds"])
+@pytest.mark.parametrize("name", ["digits", "arrays", "folder", "tfds", "noise"])
 def test_elements_keep_the_protocol(name, tmp_path):
   fields = {}
   if name == "arrays":
@@ -72,6 +73,8 @@ def test_elements_keep_the_protocol(name, tmp_path):
   elif name == "tfds":
     fields |= {"path": str(tmp_path), "tfds_name": "tiny"}
     write_tfds(tmp_path)
+  elif name == "noise":
+    fields |= {"image_size": 4, "num_classes": 7}
   source = load_source(name, "train", **fields)
   element = source[np.int64(3)]
   assert set(element) == {"image", "class_id"}
@@ -93,6 +96,35 @@ def test_arrays_scale_and_split(tmp_path):
     assert np.abs(all_images(source) - wanted).max() < 1e-6
     assert source.labels.tolist() == arrays[f"labels_{split}"].tolist()
     assert (source.num_classes, source.num_levels) == (3, 256)
+
+
+def test_noise_is_uniform_and_a_function_of_split_and_index():
+  sources = {
+    split: load_source("noise", split, image_size=8, num_classes=7) for split in ("train", "test")
+  }
+  images = {split: np.stack([s[i]["image"] for i in range(64)]) for split, s in sources.items()}
+  again = load_source("noise", "train", image_size=8, num_classes=7)
+  np.testing.assert_array_equal(again[63]["image"], images["train"][63])
+  everything = np.concatenate([*images.values()]).reshape(128, -1)
+  assert len(np.unique(everything, axis=0)) == 128
+  levels = np.round((everything + 1) * 127.5).astype(int)
+  assert stats.chisquare(np.bincount(levels.ravel(), minlength=256)).pvalue > 1e-3
+  assert sources["train"].image_shape == (8, 8, 3)
+  assert np.bincount(sources["train"].labels).min() > 7000
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"num_classes": 7}, "data.image_size=0 must be positive with data.name='noise'"),
+    ({"image_size": 8, "num_classes": 0}, "data.num_classes=0 must be positive"),
+    ({"image_size": 8, "num_classes": 7, "path": "x"}, "data.path='x' has no use with"),
+  ],
+)
+def test_noise_needs_a_size_and_classes(fields, message):
+  with pytest.raises(UserError) as error:
+    load_source("noise", "train", **fields)
+  assert str(error.value).startswith(message)
 
 
 def test_levels_reach_both_ends():

@@ -331,14 +331,28 @@ def test_bfloat16_compute_keeps_float32_parameters_and_output(make):
 
 def test_accelerators_compute_the_same(monkeypatch):
   network = EDMPrecond(adm(attn_resolutions=(4,)))
-  params, seen = weights(network), []
-  original = unet.upsample
-  monkeypatch.setattr(unet, "upsample", lambda *args: seen.append(1) or original(*args))
+  params = weights(network)
   cpu = denoise(network, params)
-  assert len(seen) == 1  # the skip alone: the convolution skips the doubling
-  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  taken = []
+
+  def elsewhere(*args, cpu, default):
+    taken.append(cpu)
+    return default(*args)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
   np.testing.assert_allclose(denoise(network, params), cpu, rtol=0, atol=2e-5)
-  assert len(seen) == 3
+  assert taken == [unet._phase_convs]
+
+
+def test_the_program_of_a_platform_has_only_its_own_convolution():
+  network = EDMPrecond(adm(attn_resolutions=()))
+  params = weights(network)
+  traced = jax.jit(network.apply).trace({"params": params}, jnp.asarray(XT), SIGMA, CLASS_ID)
+  counts = {
+    platform: traced.lower(lowering_platforms=(platform,)).as_text().count("convolution(")
+    for platform in ("cpu", "tpu")
+  }
+  assert counts["cpu"] == counts["tpu"] + 3  # four phases in place of one convolution
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1), (1, 2, 5, 4, 3, 1)])
