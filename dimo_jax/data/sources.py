@@ -10,6 +10,7 @@ from jaxtyping import Float32, Int32, UInt8
 
 from dimo_jax.data.folders import load_folder
 from dimo_jax.data.images import sample
+from dimo_jax.data.prepared import load_prepared
 from dimo_jax.data.tfds import load_tfds
 from dimo_jax.types import UserError, choose
 
@@ -215,6 +216,7 @@ class Row:
 SOURCES = {
   "digits": Row(_digits),
   "arrays": Row(_arrays, ("path",)),
+  "prepared": Row(load_prepared, ("path",)),
   "folder": Row(load_folder, ("path", "image_size")),
   "tfds": Row(load_tfds, ("path", "image_size", "tfds_name")),
 }
