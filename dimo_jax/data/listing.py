@@ -174,10 +174,12 @@ def _tar_items(path: str, split: str, skipped: list[tuple[str, str]]) -> Iterato
         if not member.isfile():
           skipped.append((name, "a link within a tar file"))
         elif parts[-1].endswith(".tar"):
-          yield from _inner_items(outer, member, parts[-1].removesuffix(".tar"), path, split, skipped)
+          yield from _inner_items(
+            outer, member, parts[-1].removesuffix(".tar"), path, split, skipped
+          )
         elif _is_image(parts[-1], name, skipped):
-          class_name = parts[-2] if len(parts) > 1 else None
-          yield _Item(class_name, parts[-1], path, member.offset_data, member.size)
+          folder = parts[-2] if len(parts) > 1 else None
+          yield _Item(folder, parts[-1], path, member.offset_data, member.size)
   except tarfile.TarError as error:
     raise UserError(f"{path} is no whole uncompressed tar file: {error}") from error
 
@@ -235,5 +237,7 @@ def _flat_labels(place: str, items: list[_Item], labels_path: str) -> Iterable[s
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{title} cannot be read: {getattr(error, 'strerror', error)}") from error
   if len(names) != len(items):
-    raise UserError(f"{title} has {len(names)} names, must have one for each of {len(items)} images")
+    raise UserError(
+      f"{title} has {len(names)} names, must have one for each of {len(items)} images"
+    )
   return names
