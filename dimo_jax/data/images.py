@@ -11,6 +11,8 @@ from dimo_jax.types import UserError
 
 __all__ = ["centre_crop", "check_shape", "decode_image", "sample"]
 
+_MAX_ASPECT = 100  # of the sides; scaling the shorter one of a narrower image would make a huge one
+
 
 def decode_image(
   file: str | io.BytesIO, name: str, *, image_size: int, channels: int = 3
@@ -29,6 +31,8 @@ def decode_image(
     with Image.open(file) as encoded:
       if encoded.mode[0] in "IF":  # which Pillow would clip to white
         raise ValueError("more than 8 bits a pixel and channel")
+      if image_size and max(encoded.size) > _MAX_ASPECT * min(encoded.size):
+        raise ValueError(f"{encoded.width}x{encoded.height} pixels are too narrow for a square")
       image = encoded.convert("L" if channels == 1 else "RGB")
   except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
     raise UserError(f"{name} cannot be read as an image: {_first_line(error)}") from error
