@@ -39,9 +39,9 @@ class Entry(NamedTuple):
 
 
 class _Item(NamedTuple):
-  """An image file before its class is known by number; without a class where it lies in none."""
+  """An image file before its class is known by number; its class is "" where it lies in none."""
 
-  class_name: str | None
+  class_name: str
   file_name: str
   path: str
   offset: int = 0
@@ -89,17 +89,17 @@ def list_source(source: str, labels_path: str = "") -> Listing:
     place = _place(source, split)
     read = _folder_items if os.path.isdir(place) else _tar_items
     try:
-      items[split] = sorted(read(place, split, skipped), key=lambda i: (i.class_name or "", i[1]))
+      items[split] = sorted(read(place, split, skipped), key=lambda item: item[:2])
     except OSError as error:
       raise UserError(f"{error.filename or place} cannot be read: {error.strerror}") from error
-  classes = sorted({item.class_name for item in items["train"] if item.class_name is not None})
+  classes = sorted({item.class_name for item in items["train"]} - {""})
   if not classes:
     raise UserError(
       f"{_place(source, 'train')} has no images in folders of classes; images end in"
       f" {', '.join(EXTENSIONS)}"
     )
   validation = items["validation"]
-  if validation and all(item.class_name is None for item in validation):
+  if validation and not any(item.class_name for item in validation):
     names = _flat_labels(_place(source, "validation"), validation, labels_path)
     items["validation"] = [
       item._replace(class_name=name) for item, name in zip(validation, names, strict=True)
@@ -109,9 +109,9 @@ def list_source(source: str, labels_path: str = "") -> Listing:
   ids = {name: i for i, name in enumerate(classes)}
   splits = {}
   for split, found in items.items():
-    flat = [item for item in found if item.class_name is None]
+    inside = [item for item in found if item.class_name]
+    flat = [item for item in found if not item.class_name]
     skipped += [(f"{split}/{item.file_name}", "lies in no class") for item in flat]
-    inside = [item for item in found if item.class_name is not None]
     unknown = sorted({item.class_name for item in inside} - ids.keys())
     if unknown:
       raise UserError(
@@ -122,7 +122,7 @@ def list_source(source: str, labels_path: str = "") -> Listing:
       raise UserError(f"{_place(source, split)} has no images; they end in {', '.join(EXTENSIONS)}")
     splits[split] = [
       Entry(f"{split}/{item.class_name}/{item.file_name}", ids[item.class_name], *item[2:])
-      for item in inside
+      for item in sorted(inside, key=lambda item: item[:2])
     ]
   return Listing(classes, splits, sorted(skipped))
 
@@ -142,7 +142,7 @@ def _folder_items(folder: str, split: str, skipped: list[tuple[str, str]]) -> It
       elif entry.is_dir():
         yield from _class_items(entry.path, entry.name, split, skipped)
       elif _is_image(entry.name, f"{split}/{entry.name}", skipped):
-        yield _Item(None, entry.name, entry.path)
+        yield _Item("", entry.name, entry.path)
 
 
 def _class_items(
@@ -178,7 +178,7 @@ def _tar_items(path: str, split: str, skipped: list[tuple[str, str]]) -> Iterato
             outer, member, parts[-1].removesuffix(".tar"), path, split, skipped
           )
         elif _is_image(parts[-1], name, skipped):
-          folder = parts[-2] if len(parts) > 1 else None
+          folder = parts[-2] if len(parts) > 1 else ""
           yield _Item(folder, parts[-1], path, member.offset_data, member.size)
   except tarfile.TarError as error:
     raise UserError(f"{path} is no whole uncompressed tar file: {error}") from error

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -106,8 +107,6 @@ def _check_arguments(source: str, out: str, size: int, num_workers: int) -> None
     raise UserError(f"--size={size} must be positive: pixels a side, such as --size=256")
   if num_workers < 0:
     raise UserError(f"--workers={num_workers} must not be negative; 0 is one for each core")
-  if not os.path.isdir(source):
-    raise UserError(f"--source={source!r} must be a folder that holds train and val, or tar files")
   if Path(out).resolve().is_relative_to(Path(source).resolve()):
     raise UserError(f"--out={out!r} must not lie in --source={source!r}")
 
@@ -235,11 +234,9 @@ def _run(shards: dict[str, Shard], num_workers: int, keep: Callable[[str, Record
   context = multiprocessing.get_context("spawn")  # threads of libraries do not survive a fork
   with ProcessPoolExecutor(num_workers, context, initializer=_start_worker) as pool:
     while True:
-      while len(running) < num_workers and STOP.signal is None:
-        name, shard = next(queue, ("", None))
-        if shard is None:
-          break
-        running[pool.submit(write_shard, shard)] = name
+      if STOP.signal is None:
+        for name, shard in itertools.islice(queue, num_workers - len(running)):
+          running[pool.submit(write_shard, shard)] = name
       if not running:
         return
       finished, _ = wait(running, return_when=FIRST_COMPLETED)
