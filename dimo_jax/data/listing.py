@@ -12,7 +12,10 @@ from typing import NamedTuple
 from dimo_jax.data.folders import EXTENSIONS
 from dimo_jax.types import UserError
 
-__all__ = ["PLACES", "Entry", "Listing", "list_source"]
+__all__ = ["PLACES", "Entry", "Listing", "classes_sha256", "is_imagenet", "list_source"]
+
+# Of ImageNet's 1000 sorted synset names: published teachers number the classes so.
+_IMAGENET_SHA256 = "70002b0ff5de60a3a17a82dbfcff291931f96225ddf941ad2e182fc39e183d15"
 
 # Where a split may lie in a source; the first that is there is read.
 PLACES = {
@@ -69,6 +72,17 @@ class Listing:
       for entry in entries:
         digest.update(f"{entry.name}\0{entry.label}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def classes_sha256(classes: Iterable[str]) -> str:
+  """Of class names in order, a line for each."""
+  text = "".join(f"{name}\n" for name in classes)
+  return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def is_imagenet(classes: Iterable[str]) -> bool:
+  """Whether these are the synset names of ImageNet's 1000 classes, sorted."""
+  return classes_sha256(classes) == _IMAGENET_SHA256
 
 
 def list_source(source: str, labels_path: str = "") -> Listing:

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import fcntl
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -12,7 +11,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dimo_jax.data.listing import Listing, list_source
+from dimo_jax.data.listing import Listing, classes_sha256, is_imagenet, list_source
 from dimo_jax.data.prepared import MANIFEST, UNFINISHED, labels_file
 from dimo_jax.data.shards import Shard, make_features, write_shard
 from dimo_jax.health import RunStopped
@@ -28,10 +27,8 @@ from dimo_jax.preemption import STOP
 from dimo_jax.types import UserError
 from dimo_jax.writers import clock, write_atomically
 
-__all__ = ["IMAGENET_SHA256", "classes_sha256", "prepare"]
+__all__ = ["prepare"]
 
-# Of ImageNet's 1000 sorted synset names: published teachers number the classes so.
-IMAGENET_SHA256 = "70002b0ff5de60a3a17a82dbfcff291931f96225ddf941ad2e182fc39e183d15"
 FORMAT = 1  # of a prepared folder
 IMAGES_PER_SHARD = 1024  # 0.1 GB of photographs at 256 pixels; what a kill costs a worker
 REPORT = "report.json"
@@ -88,12 +85,6 @@ def prepare(
   print(f"{out} is ready: data.name='prepared', data.path={out!r}", flush=True)
 
 
-def classes_sha256(classes: Sequence[str]) -> str:
-  """Of class names in order, a line for each."""
-  text = "".join(f"{name}\n" for name in classes)
-  return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
 def _num_cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -143,7 +134,7 @@ def _difference(key: str, found: Any, wanted: Any) -> str:
 def _describe(source: str, listing: Listing) -> None:
   sizes = ", ".join(f"{len(entries)} {split}" for split, entries in listing.splits.items())
   print(f"{source}: {sizes} images of {len(listing.classes)} classes", flush=True)
-  if classes_sha256(listing.classes) == IMAGENET_SHA256:
+  if is_imagenet(listing.classes):
     print("classes: ImageNet's 1000, numbered as published teachers have them", flush=True)
   elif len(listing.classes) == 1000 or all(_is_synset(name) for name in listing.classes):
     print(
@@ -349,7 +340,7 @@ def _finish(
   write_atomically(folder / REPORT, json.dumps(report, indent=2) + "\n")
   manifest = settings | {
     "num_classes": len(listing.classes),
-    "is_imagenet": settings["classes_sha256"] == IMAGENET_SHA256,
+    "is_imagenet": is_imagenet(listing.classes),
     "splits": num_images,
   }
   write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
@@ -361,7 +352,7 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
   print(", ".join(f"{number} {split}" for split, number in report["images"].items()), end=" images")
   print(f" ({', '.join(f'{name}: {n}' for name, n in report['kinds'].items())})", flush=True)
   for title in ("corrupt", "skipped"):
-    reasons = collections.Counter(item["reason"] for item in report[title])
+    reasons = collections.Counter(item["reason"].partition(" (")[0] for item in report[title])
     if reasons:
       print(f"{title}: {sum(reasons.values())}, all named in {folder / REPORT}", flush=True)
     for reason, number in reasons.most_common(5):

@@ -53,21 +53,27 @@ def load_prepared(split: str, path: str | None) -> PreparedSource:
   """A split of the folder `path`; "test" is the validation images."""
   folder, field = path or "", f"data.path={path or ''!r}"
   own_split = "train" if split == "train" else "validation"
-  if os.path.isdir(os.path.join(folder, UNFINISHED)) and path:
+  if path and os.path.isdir(os.path.join(path, UNFINISHED)):
     raise UserError(f"{field} is not finished: run the command that prepares it again")
+  if not os.path.exists(os.path.join(folder, MANIFEST)):
+    raise UserError(
+      f"{field} must be a folder that python -m dimo_jax.data.prepare made, with"
+      " data.name='prepared'; the command takes --source, --size and --out"
+    )
   try:
     with open(os.path.join(folder, MANIFEST), encoding="utf-8") as stream:
       manifest = json.load(stream)
     labels = np.load(os.path.join(folder, labels_file(own_split)), allow_pickle=False)
   except (OSError, ValueError) as error:
-    raise UserError(
-      f"{field} must be a folder that python -m dimo_jax.data.prepare made, with"
-      f" data.name='prepared': {error}"
-    ) from error
+    raise UserError(f"{field} is not whole, {error}: copy or prepare it again") from error
   # Imported here because it takes most of a second and other sources do without.
   import tensorflow_datasets as tfds
 
-  builder = tfds.builder_from_directory(folder)
+  try:
+    builder = tfds.builder_from_directory(folder)
+  except Exception as error:  # of many kinds, most of several lines
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(f"{field} is not whole, {reason}: copy or prepare it again") from error
   for file in builder.info.splits[own_split].filepaths:
     if not file.exists():
       raise UserError(f"{field} is not whole, {file} is missing: copy or prepare it again")

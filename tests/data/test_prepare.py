@@ -15,9 +15,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from dimo_jax.data.listing import list_source
+from dimo_jax.data.listing import is_imagenet, list_source
 from dimo_jax.data.pipeline import image_batches
-from dimo_jax.data.preparation import IMAGENET_SHA256, classes_sha256, prepare
+from dimo_jax.data.preparation import prepare
 from dimo_jax.data.sources import load_source
 from dimo_jax.health import disk_is_full
 from dimo_jax.preemption import STOP, Preempted
@@ -216,7 +216,8 @@ def test_imagenet_is_recognised_and_its_validation_labels_are_known(tmp_path):
     for i in range(50_000, 0, -1):
       tar.addfile(tarfile.TarInfo(f"ILSVRC2012_val_{i:08d}.JPEG"))
   listing = list_source(str(tmp_path))
-  assert classes_sha256(listing.classes) == IMAGENET_SHA256
+  assert is_imagenet(listing.classes)
+  assert not is_imagenet(listed[1:])
   names = {entry.name: entry.label for entry in listing.splits["validation"]}
   # The first image is a sea snake, class 65 of published classifiers.
   assert names["validation/n01751748/ILSVRC2012_val_00000001.JPEG"] == 65
@@ -391,6 +392,13 @@ def rewrite(name, old, new):
       lambda out: (out / "prepared.json").unlink(),
       "data.path='{}' must be a folder that python -m dimo_jax.data.prepare made, with data.name=",
     ),
+    (
+      lambda out: (out / "train.labels.npy").unlink(),
+      "data.path='{}' is not whole, [Errno 2] No such file or directory: '{}/train.labels",
+    ),
+    (rewrite("prepared.json", "}", ""), "data.path='{}' is not whole, Expecting"),
+    (rewrite("features.json", "{", ""), "data.path='{}' is not whole, "),
+    (lambda out: (out / "dataset_info.json").unlink(), "data.path='{}' is not whole, "),
     (
       lambda out: (out / "images-train.array_record-00001-of-00003").unlink(),
       "data.path='{}' is not whole, {}/images-train.array_record-00001-of-00003 is missing",
