@@ -31,6 +31,7 @@ BROKEN = {  # within train/a
   "deep.png": "cannot be read as an image: more than 8 bits a pixel and channel",
   "empty.jpg": "is empty",
   "flipped.png": "cannot be read as an image: ",
+  "narrow.png": "cannot be read as an image: 3x400 pixels are too narrow for a square",
   "page.jpg": "cannot be read as an image: cannot identify image file",
 }
 
@@ -62,6 +63,7 @@ def break_tree(root):
   with open(a / "flipped.png", "r+b") as stream:
     stream.seek(60)
     stream.write(bytes(50))
+  image.resize((3, 400)).save(a / "narrow.png")
   (a / "page.jpg").write_text("<html>")
   (a / "notes.txt").write_text("no image")
   (a / ".hidden.png").touch()
@@ -170,7 +172,7 @@ def test_what_cannot_be_used_is_named_and_left_out(tree, tmp_path, capsys):
   assert np.bincount(source.labels).tolist() == [4, 4 + 7, 4]
   assert all(source[i]["class_id"] == label for i, label in enumerate(source.labels))
   printed = capsys.readouterr().out
-  assert f"corrupt: 5, all named in {out}/report.json" in printed
+  assert f"corrupt: 6, all named in {out}/report.json" in printed
   assert "EXIF rotation ignored: 1" in printed
 
 
