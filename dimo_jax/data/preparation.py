@@ -275,8 +275,8 @@ class _Progress:
     if self._bytes / new * left > free and not self._warned:
       self._warned = True
       print(
-        f"the disk is too small: about {self._bytes / new * left / 1e9:.1f} GB more are needed,"
-        f" {free / 1e9:.1f} GB are free",
+        f"the disk is too small: about {self._bytes / new * left / 1e6:.0f} MB more are needed,"
+        f" {free / 1e6:.0f} MB are free",
         flush=True,
       )
     if left and now - self._last < _SECONDS_BETWEEN_LINES:
