@@ -65,7 +65,7 @@ def load_prepared(split: str, path: str | None) -> PreparedSource:
       manifest = json.load(stream)
     labels = np.load(os.path.join(folder, labels_file(own_split)), allow_pickle=False)
   except (OSError, ValueError) as error:
-    raise UserError(f"{field} is not whole, {error}: copy it again, or prepare a new one") from error
+    raise UserError(f"{field} is not whole, {error}: copy it again or prepare anew") from error
   # Imported here because it takes most of a second and other sources do without.
   import tensorflow_datasets as tfds
 
@@ -73,15 +73,15 @@ def load_prepared(split: str, path: str | None) -> PreparedSource:
     builder = tfds.builder_from_directory(folder)
   except Exception as error:  # of many kinds, most of several lines
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(f"{field} is not whole, {reason}: copy it again, or prepare a new one") from error
+    raise UserError(f"{field} is not whole, {reason}: copy it again or prepare anew") from error
   for file in builder.info.splits[own_split].filepaths:
     if not file.exists():
-      raise UserError(f"{field} is not whole, {file} is missing: copy it again, or prepare a new one")
+      raise UserError(f"{field} is not whole, {file} is missing: copy it again or prepare anew")
   records = builder.as_data_source(own_split, decoders={"image": tfds.decode.SkipDecoding()})
   if not len(records) == len(labels) == manifest["splits"][own_split]:
     raise UserError(
       f"{field} is not whole: {len(records)} records and {len(labels)} labels of {own_split!r},"
-      f" must be {manifest['splits'][own_split]} each; copy it again, or prepare a new one"
+      f" must be {manifest['splits'][own_split]} each; copy it again or prepare anew"
     )
   return PreparedSource(
     records=records,
