@@ -35,7 +35,9 @@ def get_config() -> ConfigDict:
 
   config.data = data = ConfigDict()
   data.name = "labels"  # a key of SOURCES, or "labels": classes only, no images
-  data.path = ""  # file or folder of a source that reads one; "tfds": data_dir, "" its default
+  # File or folder of a source that reads one; "prepared": what `python -m dimo_jax.data.prepare`
+  # wrote; "tfds": data_dir, "" its default.
+  data.path = ""
   data.tfds_name = ""  # "tfds": the data set, such as "imagenet2012" or "imagenet_resized/64x64"
   data.image_size = 0  # "folder", "tfds": pixels a side, scaled and cropped; 0: all have one size
   data.pairs = ""  # noise-image pairs made by --mode=pairs, for dmd2.regression_weight

@@ -1,15 +1,19 @@
 """DMD2 on ImageNet-64: a one-step generator from EDM's ADM teacher.
 
+The images, once, from a folder with train and val or ImageNet's tar files:
+
+    python -m dimo_jax.data.prepare --source=IMAGENET --size=64 --out=DATA
+
 The two published stages, without the GAN and then with it from the first one's best weights:
 
     python -m dimo_jax.main --config=configs/imagenet64.py:no_gan --workdir=runs/stage1 \\
-      --config.teacher.path=edm-imagenet-64x64-cond-adm.pkl --config.data.path=DATA_DIR
+      --config.teacher.path=edm-imagenet-64x64-cond-adm.pkl --config.data.path=DATA
     python -m dimo_jax.main --config=configs/imagenet64.py:second_stage --workdir=runs/stage2 \\
-      --config.teacher.path=edm-imagenet-64x64-cond-adm.pkl --config.data.path=DATA_DIR \\
+      --config.teacher.path=edm-imagenet-64x64-cond-adm.pkl --config.data.path=DATA \\
       --config.train.start_from=runs/stage1
 
-Without a variant: one stage with the GAN from scratch. DATA_DIR is tfds's, with
-`imagenet_resized/64x64` prepared in it.
+Without a variant: one stage with the GAN from scratch. The images are scaled as the teacher's
+were; those of tfds's `imagenet_resized/64x64` are not.
 
 Published (arXiv:2405.14867, batch 280 on 7 GPUs): FID 2.61 after the first stage (410k fake-score
 updates), 1.28 after the second (140k more), 1.51 from scratch (200k). Not run here beyond
@@ -35,7 +39,7 @@ def get_config(variant: str = "gan") -> ConfigDict:
     raise ValueError(f"configs/imagenet64.py:{variant} is unknown; known: {', '.join(VARIANTS)}")
   config = base.get_config()
   config.objective = "dmd2"
-  config.data.update(name="tfds", tfds_name="imagenet_resized/64x64", flip=True)
+  config.data.update(name="prepared", flip=True)
   config.tokenizer.name = "pixels"
   config.teacher.name = "edm"
   config.precision.compute_dtype = "bfloat16"

@@ -22,13 +22,13 @@ state
 models
 convert
 teachers
+writers preemption health allocator
+cli
 data
 samplers
 objectives
 step
-writers preemption health allocator
 evaluation
-cli
 checkpoint
 build
 prepare

@@ -1,6 +1,7 @@
 """Encoded images to arrays: decoding, and ADM's scaling with a crop of the centre."""
 
 import io
+import re
 
 import numpy as np
 from jaxtyping import UInt8
@@ -9,6 +10,8 @@ from PIL import Image
 from dimo_jax.types import UserError
 
 __all__ = ["centre_crop", "check_shape", "decode_image", "sample"]
+
+_MAX_ASPECT = 100  # of the sides; scaling the shorter one of a narrower image would make a huge one
 
 
 def decode_image(
@@ -26,6 +29,10 @@ def decode_image(
   """
   try:
     with Image.open(file) as encoded:
+      if encoded.mode[0] in "IF":  # which Pillow would clip to white
+        raise ValueError("more than 8 bits a pixel and channel")
+      if image_size and max(encoded.size) > _MAX_ASPECT * min(encoded.size):
+        raise ValueError(f"{encoded.width}x{encoded.height} pixels are too narrow for a square")
       image = encoded.convert("L" if channels == 1 else "RGB")
   except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
     raise UserError(f"{name} cannot be read as an image: {_first_line(error)}") from error
@@ -73,5 +80,5 @@ def sample(
 
 
 def _first_line(error: Exception) -> str:
-  lines = str(error).splitlines()
+  lines = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error)).splitlines()
   return lines[0] if lines else type(error).__name__

@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int32, UInt8
 
 from dimo_jax.data.folders import load_folder
 from dimo_jax.data.images import sample
+from dimo_jax.data.prepared import load_prepared
 from dimo_jax.data.tfds import load_tfds
 from dimo_jax.types import UserError, choose
 
@@ -260,6 +261,7 @@ class Row:
 SOURCES = {
   "digits": Row(_digits),
   "arrays": Row(_arrays, ("path",)),
+  "prepared": Row(load_prepared, ("path",)),
   "noise": Row(_noise, ("image_size", "num_classes")),
   "folder": Row(load_folder, ("path", "image_size")),
   "tfds": Row(load_tfds, ("path", "image_size", "tfds_name")),

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from dimo_jax.data.images import check_shape, decode_image, sample
+from dimo_jax.data.listing import is_imagenet
 from dimo_jax.types import UserError
 
 __all__ = ["TfdsSource", "load_tfds"]
@@ -28,12 +29,14 @@ class TfdsSource:
   Attributes:
     records: random access to {"image": encoded bytes, "label": integer, ...}.
     name: what an error calls the split.
+    class_ids: of the labels of the records.
     image_size: as in `decode_image`.
   """
 
   records: Any
   name: str
   num_classes: int
+  class_ids: Int32[np.ndarray, " num_labels"]
   image_shape: tuple[int, int, int]
   image_size: int
   num_levels: int = 256
@@ -66,13 +69,15 @@ class TfdsSource:
       raise UserError(
         f"{self.name} has the label {wrong[0]}, must lie in 0 to {self.num_classes - 1}"
       )
-    return labels
+    return self.class_ids[labels]
 
 
 def load_tfds(split: str, path: str | None, image_size: int, tfds_name: str) -> TfdsSource:
   """A split of a data set with features "image" and "label", prepared beforehand.
 
   The split "test" is "validation" where there is one (ImageNet's own "test" has no labels).
+  ImageNet's classes are numbered in order of their synsets' names, as published teachers have them;
+  imagenet_resized has them in another order.
 
   Args:
     path: tfds's data_dir; None is its default, TFDS_DATA_DIR or ~/tensorflow_datasets.
@@ -127,6 +132,9 @@ def load_tfds(split: str, path: str | None, image_size: int, tfds_name: str) -> 
       " side that they are to have"
     )
   own_split = "train" if split == "train" else test
+  class_ids = np.arange(features["label"].num_classes, dtype=np.int32)
+  if is_imagenet(sorted(features["label"].names)):
+    class_ids[np.argsort(features["label"].names)] = class_ids.copy()
   try:
     records = builder.as_data_source(own_split, decoders={"image": tfds.decode.SkipDecoding()})
   except NotImplementedError as error:
@@ -142,6 +150,7 @@ def load_tfds(split: str, path: str | None, image_size: int, tfds_name: str) -> 
     records=records,
     name=f"{field}, split {own_split!r}",
     num_classes=features["label"].num_classes,
+    class_ids=class_ids,
     image_shape=(h, w, channels),
     image_size=image_size,
   )

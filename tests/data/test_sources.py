@@ -15,6 +15,7 @@ from scipy import stats
 from sklearn.datasets import load_digits
 
 from dimo_jax.data.pipeline import image_batches
+from dimo_jax.data.preparation import prepare
 from dimo_jax.data.sources import ArraySource, load_source
 from dimo_jax.types import UserError
 
@@ -61,12 +62,16 @@ def test_digits_split_is_fixed_and_stratified():
   assert np.abs(share - 0.2).max() < 0.005
 
 
-@pytest.mark.parametrize("name", ["digits", "arrays", "folder", "tfds", "noise"])
+@pytest.mark.parametrize("name", ["digits", "arrays", "prepared", "folder", "tfds", "noise"])
 def test_elements_keep_the_protocol(name, tmp_path):
   fields = {}
   if name == "arrays":
     fields["path"] = str(tmp_path / "a.npz")
     write(fields["path"])
+  elif name == "prepared":
+    fields["path"] = str(tmp_path / "prepared")
+    write_folder(tmp_path / "folder")
+    prepare(str(tmp_path / "folder"), fields["path"], 4, num_workers=1)
   elif name == "folder":
     fields["path"] = str(tmp_path)
     write_folder(tmp_path)
@@ -182,6 +187,7 @@ def test_other_files_are_one_line(content, tmp_path):
     (("arrays", "train", "/no/such.npz"), "data.path='/no/such.npz' cannot be read: No such file"),
     (("folder", "train"), "data.path='' must be the folder that holds train and val or test"),
     (("folder", "train", "/no/such"), "data.path='/no/such' must be the folder that holds train"),
+    (("prepared", "train"), "data.path='' must be a folder that python -m dimo_jax.data.prepare"),
     (("tfds", "train"), "data.tfds_name='' must be name, name/config or either with :version"),
   ],
 )
@@ -457,6 +463,9 @@ def test_tfds_reads_a_data_set_that_tfds_has_code_for(tmp_path):
   source = load_source("tfds", "test", str(tmp_path), tfds_name="imagenet_resized/64x64")
   assert (source.num_classes, source.image_shape, len(source)) == (1000, (64, 64, 3), 5)
   assert np.array_equal(levels_of(source[3]), noise(13, 64, 64))
+  # Its labels 0, 1, 2 are kit fox, English setter and Siberian husky of published classifiers.
+  assert source.labels.tolist() == [250, 212, 278, 250, 212]
+  assert source[3]["class_id"] == 250
   small = load_source(
     "tfds", "test", str(tmp_path), tfds_name="imagenet_resized/64x64", image_size=32
   )
