@@ -25,12 +25,16 @@ from dimo_jax.convert import edm, maskgit
 from dimo_jax.data.sources import Source
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.recipe import Recipe
 from dimo_jax.state import FirstStage, merge
+from dimo_jax.teachers import Teacher
 from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
 TEACHER_FILE = "teacher.safetensors"
+_TOKENIZER_FILE = "tokenizer.safetensors"  # fitted
+_GIVEN_TOKENIZER_FILE = "given.safetensors"  # beside it: the one that a given teacher brought
 # What every stage reads of its data; pairs are for a distillation alone.
 _DATA = tuple(
   f"data.{name}" for name in ("name", "path", "tfds_name", "image_size", "num_classes", "flip")
@@ -51,7 +55,7 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
     return {}
   directory.mkdir(parents=True, exist_ok=True)
   check_record(directory, tokenizer_fields(experiment))
-  path = directory / "tokenizer.safetensors"
+  path = directory / _TOKENIZER_FILE
   if not path.exists():
     arrays, _ = load_arrays(experiment.source("train"))
     params = experiment.tokenizer.fit(arrays, config.seed)
@@ -61,8 +65,36 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
     save_params(path, params, {"name": config.tokenizer.name, "train_mse": error})
     if experiment.tokenizer.codebook_size:
       say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
+  return _read_tokenizer(path)
+
+
+def _read_tokenizer(path: Path) -> Params:
   params, _ = load_params(path)
   return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(params, sep="/"))
+
+
+def keep_tokenizer(workdir: Path, params: Params) -> None:
+  """Copies the tokenizer that a given teacher brought into the workdir, which then needs no other
+  file.
+  """
+  if params:
+    (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
+    save_params(workdir / "tokenizer" / _GIVEN_TOKENIZER_FILE, params, {})
+
+
+def run_tokenizer(workdir: Path, experiment: Experiment | None = None) -> Params:
+  """The tokenizer's parameters that a trained workdir's networks go with.
+
+  With an experiment, which may be of an older workdir, a given teacher's file is asked first.
+  """
+  if experiment is not None and experiment.config.teacher.path not in ("", "random"):
+    tokenizer = load_teacher(experiment, Path(experiment.config.teacher.path))[1]
+    if tokenizer is not None:
+      return tokenizer
+  for name in (_GIVEN_TOKENIZER_FILE, _TOKENIZER_FILE):
+    if (workdir / "tokenizer" / name).exists():
+      return _read_tokenizer(workdir / "tokenizer" / name)
+  return {}
 
 
 def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
@@ -97,9 +129,17 @@ def random_teacher(experiment: Experiment) -> Params:
   return experiment.teacher.init(jax.random.fold_in(jax.random.key(experiment.config.seed), 1))
 
 
-def save_teacher(path: Path, network: Params, tokenizer: Params, fields: dict) -> None:
+def recipe(experiment: Experiment) -> Recipe:
+  """What rebuilds an experiment's networks and samplers without its data."""
+  return Recipe(experiment.config, experiment.tokenizer.image_shape)
+
+
+def save_teacher(
+  path: Path, network: Params, tokenizer: Params, fields: dict, recipe: Recipe
+) -> None:
   """A finished teacher, network and tokenizer together, with what it was trained as."""
-  save_params(path, {"network": network, "tokenizer": tokenizer}, {"teacher": fields})
+  metadata = {"teacher": fields, "recipe": recipe.to_dict()}
+  save_params(path, {"network": network, "tokenizer": tokenizer}, metadata)
 
 
 def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | None]:
@@ -119,7 +159,7 @@ def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | N
     network, tokenizer = tree["network"], tree.get("tokenizer", {})
   else:
     try:
-      network = _from_published(experiment, arrays)
+      network = from_published(experiment.teacher, arrays)
     except UserError as error:
       raise UserError(f"teacher.path={str(path)!r}: {error}") from error
   expected = jax.eval_shape(lambda: random_teacher(experiment))
@@ -139,10 +179,22 @@ def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | N
   return jax.tree.map(lambda x: np.asarray(x, np.float32), network), tokenizer
 
 
-def _from_published(experiment: Experiment, arrays: Mapping[str, np.ndarray]) -> Params:
-  if isinstance(experiment.teacher, GaussianTeacher):
-    return edm.from_published(arrays, experiment.teacher.network)
-  return maskgit.from_published(arrays, scan_layers=experiment.config.model.scan_layers)
+def from_published(teacher: Teacher, arrays: Mapping[str, np.ndarray]) -> Params:
+  """A network's parameters from a state dict with the published key names.
+
+  Raises:
+    UserError: keys are missing or unexpected, or shapes are another network's.
+  """
+  if isinstance(teacher, GaussianTeacher):
+    return edm.from_published(arrays, teacher.network)
+  return maskgit.from_published(arrays, scan_layers=teacher.network.scan_layers)
+
+
+def to_published(teacher: Teacher, params: Params) -> dict[str, np.ndarray]:
+  """The inverse of `from_published`."""
+  if isinstance(teacher, GaussianTeacher):
+    return edm.to_published(params, teacher.network)
+  return maskgit.to_published(params)
 
 
 def _check_process(experiment: Experiment, path: Path, trained: Mapping[str, Any]) -> None:
@@ -185,6 +237,12 @@ def first_stage(experiment: Experiment, teacher: Params) -> FirstStage | None:
     if jax.tree.map(np.shape, weights) != jax.tree.map(np.shape, teacher):
       raise UserError(f"{field} holds other networks than the config's")
   return stage
+
+
+def check_trained(workdir: Path) -> None:
+  """Raises UserError where no distillation was begun."""
+  if not (workdir / "distill" / "checkpoints").is_dir():
+    raise UserError(f"--workdir={str(workdir)!r} holds no training; run --mode=train there first")
 
 
 def check_workdir(experiment: Experiment, workdir: Path) -> None:

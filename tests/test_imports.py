@@ -30,8 +30,9 @@ evaluation
 cli
 checkpoint
 build
+recipe
 prepare
-hooks start
+hooks start artifacts
 train
 sample evaluate benchmark pairs
 main
