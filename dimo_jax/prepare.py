@@ -21,14 +21,17 @@ from dimo_jax.checkpoint import (
   refuse_changes,
   save_params,
 )
-from dimo_jax.convert import edm, maskgit
+from dimo_jax.convert import families, files, maskgit
+from dimo_jax.convert.files import Archive
 from dimo_jax.data.sources import Source
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.recipe import Recipe
+from dimo_jax.remote import local_path
 from dimo_jax.state import FirstStage, merge
 from dimo_jax.teachers import Teacher
 from dimo_jax.teachers.edm import GaussianTeacher
+from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
@@ -142,26 +145,28 @@ def save_teacher(
   save_params(path, {"network": network, "tokenizer": tokenizer}, metadata)
 
 
-def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | None]:
-  """(network parameters, tokenizer parameters or None) from a file, checked against the config.
+def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, Params | None]:
+  """(network parameters, tokenizer parameters or None) of a teacher, checked against the config.
 
-  Reads our own `teacher.safetensors` and files with the published MaskGIT key names.
+  Args:
+    experiment: what the teacher must fit.
+    location: of our own `teacher.safetensors` or its folder, or of published weights of any family
+      with a network like the teacher's; here or elsewhere, see `remote.local_path`.
 
   Raises:
     UserError: no such file, another family's file, or other sizes than the config's.
   """
-  path = path / TEACHER_FILE if path.is_dir() else path
-  arrays, metadata = load_params(path)
-  tokenizer = None
-  if "teacher" in metadata:
-    _check_process(experiment, path, metadata["teacher"])
-    tree = traverse_util.unflatten_dict(arrays, sep="/")
+  path, field = local_path(location), f"teacher.path={str(location)!r}"
+  path = path / TEACHER_FILE if (path / TEACHER_FILE).is_file() else path
+  archive, tokenizer = files.read(path), None
+  if "teacher" in archive.settings:
+    _check_process(experiment, field, archive.settings["teacher"])
+    tree = traverse_util.unflatten_dict(dict(archive.tensors), sep="/")
     network, tokenizer = tree["network"], tree.get("tokenizer", {})
+    if isinstance(experiment.teacher, MaskedTeacher):
+      network = maskgit.arrange(network, scan_layers=experiment.teacher.network.scan_layers)
   else:
-    try:
-      network = from_published(experiment.teacher, arrays)
-    except UserError as error:
-      raise UserError(f"teacher.path={str(path)!r}: {error}") from error
+    network = _from_published(experiment, field, archive)
   expected = jax.eval_shape(lambda: random_teacher(experiment))
   wanted = traverse_util.flatten_dict(expected, sep="/")
   found = traverse_util.flatten_dict(network, sep="/")
@@ -173,7 +178,7 @@ def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | N
   ]
   if wrong:
     raise UserError(
-      f"teacher.path={str(path)!r} does not fit model, tokenizer and data of the config:"
+      f"{field} does not fit model, tokenizer and data of the config:"
       f" {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}"
     )
   return jax.tree.map(lambda x: np.asarray(x, np.float32), network), tokenizer
@@ -197,14 +202,31 @@ def to_published(teacher: Teacher, params: Params) -> dict[str, np.ndarray]:
   return maskgit.to_published(params)
 
 
-def _check_process(experiment: Experiment, path: Path, trained: Mapping[str, Any]) -> None:
+def _from_published(experiment: Experiment, field: str, archive: Archive) -> Params:
+  """The network of a published file; of one with several, the first that is a teacher."""
+  name = families.guess(archive)
+  family, wanted = families.FAMILIES[name], experiment.config.teacher.name
+  if family.teacher != wanted:
+    fitting = [row.title for row in families.FAMILIES.values() if row.teacher == wanted]
+    raise UserError(
+      f"{field} is {family.title}, and teacher.name={wanted!r} needs {' or '.join(fitting)}"
+    )
+  try:
+    families.check_sizes(family.sizes(archive), experiment.teacher.network)
+    scan_layers = experiment.config.model.scan_layers
+    parts = families.convert(archive, name, scan_layers=scan_layers).parts
+  except UserError as error:
+    raise UserError(f"{field}: {error}") from error
+  return next(iter(parts.values()))
+
+
+def _check_process(experiment: Experiment, field: str, trained: Mapping[str, Any]) -> None:
   """Raises UserError where a teacher of ours was trained for another process or prediction."""
   for name in ("teacher.name", "process.name", "process.prediction", "process.sigma_data"):
     wanted = flat_fields(experiment.config, name)[name]
     if trained.get(name, wanted) != wanted:
       raise UserError(
-        f"teacher.path={str(path)!r} was trained with {name}={trained[name]!r}, and the config says"
-        f" {wanted!r}"
+        f"{field} was trained with {name}={trained[name]!r}, and the config says {wanted!r}"
       )
 
 
@@ -254,7 +276,7 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
   """
   path = experiment.config.teacher.path
   if path not in ("", "random"):
-    load_teacher(experiment, Path(path))
+    load_teacher(experiment, path)
   stages = {"tokenizer": tokenizer_fields(experiment), "distill": distill_fields(experiment)}
   if experiment.protocol is not None:
     stages["classifier"] = classifier_fields(experiment)

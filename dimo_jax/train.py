@@ -123,7 +123,7 @@ def train_teacher(
   if config.teacher.path == "random":
     return prepare.random_teacher(experiment), tokenizer_params
   if config.teacher.path:
-    network, tokenizer = prepare.load_teacher(experiment, Path(config.teacher.path))
+    network, tokenizer = prepare.load_teacher(experiment, config.teacher.path)
     return network, tokenizer_params if tokenizer is None else tokenizer
   directory.mkdir(parents=True, exist_ok=True)
   fields = prepare.teacher_fields(experiment)
