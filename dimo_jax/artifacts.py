@@ -7,6 +7,7 @@ size, nor the number of devices, nor what is sampled beside it changes it (but f
 import abc
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from dimo_jax import prepare
 from dimo_jax.build import NUM_SEEDS, Experiment, Models
 from dimo_jax.checkpoint import Checkpoints, load_params, read_tree
+from dimo_jax.convert import families, files
 from dimo_jax.evaluation.pictures import to_uint8
-from dimo_jax.recipe import CONFIG_FILE, Recipe
+from dimo_jax.recipe import CONFIG_FILE, Recipe, of_sizes
+from dimo_jax.remote import local_path
 from dimo_jax.samplers import Sampler
 from dimo_jax.sharding import make_mesh, replicated, shard_batch
 from dimo_jax.state import merge, split
@@ -36,7 +38,8 @@ TORCH_FILES = {"masked": "ema_model/model.safetensors", "gaussian": "model.safet
 TOKENIZER_FILE = "tokenizer.safetensors"
 PROGRAM_FILE, WEIGHTS_FILE = "program.bin", "weights.safetensors"  # stablehlo
 
-BATCH_SIZE = 64  # images of one call of the network, unless told otherwise
+_MAX_BATCH_SIZE = 64  # images of one call of the network, unless told otherwise
+_PIXELS_PER_DEVICE = 2**19  # of such a call: 8 images of 256x256, for a VQGAN's activations
 
 Weights = Mapping[str, Params]  # {"network": ..., "tokenizer": ...}
 # (weights, labels int32 [b], seeds uint32 [b], indices uint32 [b]) -> uint8 images, or tokens
@@ -93,13 +96,14 @@ class Artifact(abc.ABC):
     seed: int,
     steps: int | None = None,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
   ) -> UInt8[np.ndarray, "n h w c"]:
     """One image for each class id.
 
     Args:
       steps: of a teacher; a generator has its own number.
-      batch_size: images at a time; it changes memory and speed, not the images.
+      batch_size: images at a time; it changes memory and speed, not the images. By default 64,
+        fewer of large images.
 
     Raises:
       UserError: bad arguments, or no decoder for the tokens.
@@ -112,7 +116,7 @@ class Artifact(abc.ABC):
     seed: int,
     steps: int | None = None,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
   ) -> Samples:
     """As `sample`, with seconds."""
     if self.image_shape is None:
@@ -128,7 +132,7 @@ class Artifact(abc.ABC):
     seed: int,
     steps: int | None = None,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
   ) -> Int[np.ndarray, "n l"]:
     """The codes of the images that `sample` makes of the same arguments.
 
@@ -148,13 +152,17 @@ class Artifact(abc.ABC):
     labels: Sequence[int] | np.ndarray,
     seed: int,
     steps: int | None,
-    batch_size: int,
+    batch_size: int | None,
     *,
     tokens: bool,
   ) -> Samples:
     labels = check_labels(labels, self.num_classes)
     if not 0 <= seed < NUM_SEEDS:
       raise UserError(f"seed={seed} must lie in 0 .. {NUM_SEEDS - 1}")
+    if batch_size is None:
+      pixels = math.prod(self.image_shape[:2]) if self.image_shape else 1
+      fitting = max(1, _PIXELS_PER_DEVICE // pixels) * jax.local_device_count()
+      batch_size = min(_MAX_BATCH_SIZE, fitting)
     if batch_size < 1:
       raise UserError(f"batch_size={batch_size} must be 1 or more")
     if steps is not None and steps < 1:
@@ -188,26 +196,56 @@ def check_labels(labels: Sequence[int] | np.ndarray, num_classes: int) -> Int[np
   return found.astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """Weights, and what makes a network with a sampler of them.
+
+  Attributes:
+    name: for error messages.
+    role: "generator" or "teacher".
+    clock: of the training, where a generator's sampling settings warm up.
+  """
+
+  name: str
+  recipe: Recipe
+  weights: Weights
+  role: str
+  clock: int = 0
+
+  def sampler(self, models: Models) -> Sampler:
+    """The generator's or the teacher's own."""
+    return models.student_sampler.at(self.clock) if self.role == "generator" else models.decoding
+
+
+def _check_shapes(parts: Parts, models: Models) -> None:
+  shapes = jax.eval_shape(models.teacher.init, jax.random.key(0))
+  wanted = {k: v.shape for k, v in traverse_util.flatten_dict(shapes, sep="/").items()}
+  network = traverse_util.flatten_dict(parts.weights["network"], sep="/")
+  found = {k: np.shape(v) for k, v in network.items()}
+  wrong = sorted(k for k in {*wanted, *found} if wanted.get(k) != found.get(k))
+  if wrong:
+    raise UserError(
+      f"{parts.name} does not hold the network that it describes: {wrong[0]} is"
+      f" {found.get(wrong[0], 'missing')} for {wanted.get(wrong[0], 'nothing')}"
+      f" ({len(wrong)} differ)"
+    )
+
+
 class NetworkArtifact(Artifact):
   """Weights with our own networks and samplers, over all local devices."""
 
-  def __init__(self, name: str, recipe: Recipe, weights: Weights, *, role: str, clock: int = 0):
-    """Puts the weights on the devices.
-
-    Args:
-      clock: of the training, where a generator's sampling settings warm up.
-    """
-    models = recipe.models(name)
-    self.name, self.role, self.kind = name, role, models.teacher.kind
-    self.num_classes = recipe.config.data.num_classes
+  def __init__(self, parts: Parts):
+    """Checks the weights' shapes and puts them on the devices."""
+    models = parts.recipe.models(parts.name)
+    self.name, self.role, self.kind = parts.name, parts.role, models.teacher.kind
+    self.num_classes = parts.recipe.config.data.num_classes
     self.image_shape = models.tokenizer.image_shape
-    self.models, self.recipe, self.clock = models, recipe, clock
-    self.sampler: Sampler = models.decoding
-    if role == "generator":
-      self.sampler = models.student_sampler.at(clock)
+    self.parts, self.models = parts, models
+    self.sampler = parts.sampler(models)
     self.num_steps = self.sampler.num_steps
+    _check_shapes(parts, models)
     self._mesh = make_mesh(devices=jax.local_devices())
-    self.weights = jax.device_put(dict(weights), replicated(self._mesh))
+    self._weights = jax.device_put(dict(parts.weights), replicated(self._mesh))
     self._compiled: dict[tuple[int, int, bool], Callable[..., Array]] = {}
 
   def _compile(self, num: int, steps: int, tokens: bool) -> tuple[int, Callable[..., Array]]:
@@ -218,9 +256,9 @@ class NetworkArtifact(Artifact):
         sampler = dataclasses.replace(self.models.decoding, num_steps=steps)
       batch = np.zeros(size, np.int32), *[np.zeros(size, np.uint32)] * 2
       function = jax.jit(sample_fn(self.models, sampler, tokens=tokens))
-      compiled = function.lower(self.weights, *shard_batch(batch, self._mesh)).compile()
+      compiled = function.lower(self._weights, *shard_batch(batch, self._mesh)).compile()
       self._compiled[size, steps, tokens] = lambda *batch: compiled(
-        self.weights, *shard_batch(batch, self._mesh)
+        self._weights, *shard_batch(batch, self._mesh)
       )
     return size, self._compiled[size, steps, tokens]
 
@@ -235,7 +273,7 @@ class ProgramArtifact(Artifact):
     self.name, self.role, self.kind = name, manifest["role"], manifest["kind"]
     self.num_classes, self.num_steps = manifest["num_classes"], manifest["num_steps"]
     self.image_shape = tuple(manifest["image_shape"])
-    self.program, self.weights = export.deserialize(program), jax.device_put(weights)
+    self.program, self.weights = export.deserialize(bytearray(program)), jax.device_put(weights)
     self._compiled: dict[int, Callable[..., Array]] = {}
 
   def sample_tokens(self, *arguments: Any, **options: Any) -> np.ndarray:
@@ -270,11 +308,9 @@ class Run:
   average: bool
   teacher_sha256: str
 
-  def artifact(self) -> NetworkArtifact:
-    """To sample it."""
-    return NetworkArtifact(
-      str(self.workdir), self.recipe, self.weights, role="generator", clock=self.clock
-    )
+  def parts(self) -> Parts:
+    """What makes a sampler of it."""
+    return Parts(str(self.workdir), self.recipe, self.weights, "generator", self.clock)
 
 
 def read_run(
@@ -299,7 +335,8 @@ def read_run(
   if experiment is not None:
     prepare.check_workdir(experiment, workdir)
   recipe = Recipe.load(workdir) if experiment is None else prepare.recipe(experiment)
-  teacher = recipe.models(str(workdir)).teacher
+  models = recipe.models(str(workdir))
+  teacher = models.teacher
   shapes = jax.eval_shape(teacher.init, jax.random.key(0))
   trainable, frozen = split(shapes, recipe.config.optim.frozen)
   number = jax.ShapeDtypeStruct((), np.int32)
@@ -318,11 +355,15 @@ def read_run(
   params = merge(
     state["ema"] if average else state["generator"]["params"], state["generator"]["frozen"]
   )
+  tokenizer = prepare.run_tokenizer(models.tokenizer, recipe.config, workdir)
+  given = recipe.config.teacher.path
+  if experiment is not None and given not in ("", "random"):  # an older workdir kept no copy
+    tokenizer = prepare.load_teacher(experiment, given)[1] or tokenizer
   record = json.loads((workdir / "distill" / "record.json").read_text(encoding="utf-8"))
   return Run(
     workdir=workdir,
     recipe=recipe,
-    weights={"network": params, "tokenizer": prepare.run_tokenizer(workdir, experiment)},
+    weights={"network": params, "tokenizer": tokenizer},
     step=int(state["generator"]["step"]),
     clock=int(state["clock"]),
     average=average,
@@ -330,30 +371,61 @@ def read_run(
   )
 
 
-def load(path: str | os.PathLike[str]) -> Artifact:
+def load(
+  path: str | os.PathLike[str],
+  *,
+  tokenizer: str | None = None,
+  family: str = "",
+  fields: Mapping[str, Any] | None = None,
+) -> Artifact:
   """What lies at a path, ready to be sampled.
 
-  Takes an export (`python -m dimo_jax.export`) or one of its format's folders, the workdir of a
-  run, and a teacher trained here (`teacher.safetensors`, or its folder).
+  Args:
+    path: an export (`python -m dimo_jax.export`) or one of its format's folders; the workdir of a
+      run; a teacher trained here (`teacher.safetensors`, or its folder); published weights of any
+      family that `dimo_jax.convert` knows, converted or not. Here, in a bucket (`gs://...`), or on
+      a hub (`hf://owner/repo/file`).
+    tokenizer: a VQGAN that decodes tokens, where the artifact holds no decoder.
+    family: of published weights, where the file does not say what it is: a generator of Di[M]O or
+      DMD2 saved as safetensors looks like a teacher.
+    fields: other values of config fields by dotted name, such as
+      `{"sampling.temperature": 7.0, "teacher.decoding.guidance_scale": 2.0}`.
 
   Raises:
-    UserError: nothing there, or nothing that can be sampled.
+    UserError: nothing there, or nothing that can be sampled so.
   """
-  place = Path(path)
+  place = local_path(path if isinstance(path, str) else Path(path))
   if not place.exists():
-    raise UserError(f"{str(place)!r} does not exist")
-  for folder in (place, *(place / name for name in FORMATS)):
-    if (folder / MANIFEST).is_file():
-      return _load_export(folder)
-  if (place / CONFIG_FILE).is_file() or (place / "distill").is_dir():
-    return read_run(place).artifact()
-  file = place / prepare.TEACHER_FILE if place.is_dir() else place
-  if not file.is_file():
-    raise UserError(f"{str(place)!r} holds neither an export, nor a run, nor a teacher")
-  return _load_teacher(file)
+    raise UserError(f"{str(path)!r} does not exist")
+  folders = [f for f in (place, *(place / name for name in FORMATS)) if (f / MANIFEST).is_file()]
+  if folders:
+    parts = _read_export(folders[0])
+  elif (place / CONFIG_FILE).is_file() and (place / "distill").is_dir():
+    parts = read_run(place).parts()
+  else:
+    parts = _read_weights(place, family)
+  if isinstance(parts, Artifact):
+    if tokenizer or fields:
+      raise UserError(f"{parts.name} is a fixed program: it takes no tokenizer and no fields")
+    return parts
+  parts = dataclasses.replace(parts, recipe=parts.recipe.override(fields or {}))
+  if tokenizer:
+    parts = _with_tokenizer(parts, tokenizer)
+  return NetworkArtifact(parts)
 
 
-def _load_export(folder: Path) -> Artifact:
+def _with_tokenizer(parts: Parts, location: str) -> Parts:
+  """The same with another decoder."""
+  models = parts.recipe.models(parts.name)
+  if models.teacher.kind != "masked":
+    raise UserError(f"--tokenizer={location!r}: {parts.name} makes images, not tokens")
+  recipe = parts.recipe.with_tokenizer(location)
+  params = recipe.models(parts.name).tokenizer.fit(None, 0)
+  weights = {"network": parts.weights["network"], "tokenizer": params}
+  return dataclasses.replace(parts, recipe=recipe, weights=weights)
+
+
+def _read_export(folder: Path) -> Parts | ProgramArtifact:
   """Reads one format's folder."""
   path = folder / MANIFEST
   try:
@@ -370,28 +442,52 @@ def _load_export(folder: Path) -> Artifact:
       raise UserError(f"{folder / PROGRAM_FILE} cannot be read: {error.strerror}") from error
     return ProgramArtifact(name, manifest, program, weights)
   recipe = Recipe.from_dict(manifest["recipe"], str(path))
+  tree: dict[str, Any]
   if kind == "linen":
-    weights = read_tree(folder / PARAMS_FOLDER)
+    tree = {"tokenizer": {}} | read_tree(folder / PARAMS_FOLDER)
   else:
     teacher = recipe.models(name).teacher
     arrays, _ = load_params(folder / TORCH_FILES[teacher.kind])
-    weights = {"network": prepare.from_published(teacher, arrays), "tokenizer": {}}
+    tree = {"network": prepare.from_published(teacher, arrays), "tokenizer": {}}
     if (folder / TOKENIZER_FILE).exists():
-      weights["tokenizer"] = _tree(load_params(folder / TOKENIZER_FILE)[0])
-  return NetworkArtifact(
-    name, recipe, weights, role=manifest["role"], clock=manifest["clock"]
-  )
+      tree["tokenizer"] = unflatten(load_params(folder / TOKENIZER_FILE)[0])
+  return Parts(name, recipe, tree, manifest["role"], manifest["clock"])
 
 
-def _load_teacher(file: Path) -> Artifact:
-  """Reads a teacher trained here."""
-  arrays, metadata = load_params(file)
-  if "recipe" not in metadata:
-    raise UserError(f"{file} records no config: it is no teacher of ours, or an older version's")
-  weights = {"network": {}, "tokenizer": {}} | _tree(arrays)
-  recipe = Recipe.from_dict(metadata["recipe"], str(file))
-  return NetworkArtifact(str(file), recipe, weights, role="teacher")
+def _read_weights(place: Path, family: str) -> Parts:
+  """Reads a teacher trained here, or published weights, converted by us or not."""
+  file = place / prepare.TEACHER_FILE
+  archive = files.read(file if file.is_file() else place)
+  name, settings = str(archive.path), archive.settings
+  if any(key.startswith("network/") for key in archive.tensors):
+    tree = {"tokenizer": {}} | unflatten(dict(archive.tensors))
+    if "recipe" in settings:
+      return Parts(name, Recipe.from_dict(settings["recipe"], name), tree, "teacher")
+    if "conversion" not in settings:
+      raise UserError(f"{name} records no config: an older version wrote it")
+    record = settings["conversion"]
+    sizes, family = record["sizes"], record["family"]
+    channels = record.get("num_channels", 3)
+    return Parts(name, of_sizes(sizes, family, channels), tree, _role(family))
+  converted = families.convert(archive, family)
+  family = converted.family
+  network = next(iter(converted.parts.values()))
+  if not families.FAMILIES[family].teacher:
+    raise UserError(f"{name} is {families.FAMILIES[family].title}: it decodes, and samples nothing")
+  recipe = of_sizes(converted.sizes, family, _num_channels(network))
+  return Parts(name, recipe, {"network": network, "tokenizer": {}}, _role(family))
 
 
-def _tree(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _role(family: str) -> str:
+  return "generator" if family in ("dimo", "dmd2") else "teacher"
+
+
+def _num_channels(network: Params) -> int:
+  """Channels of the images of a converted denoiser."""
+  stems = [v for k, v in network.get("model", {}).items() if k.endswith("_conv")]
+  return int(np.shape(stems[0]["kernel"])[2]) if stems else 3
+
+
+def unflatten(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """The tree of arrays by path."""
   return traverse_util.unflatten_dict(dict(arrays), sep="/")

@@ -220,7 +220,8 @@ def _family(
   gaussian = pick(GaussianDenoising, config.teacher.pretrain)
   denoising = GaussianDenoising(**fields, **gaussian)
   heun = Heun(image_shape=teacher.image_shape, **config.teacher.sampling)
-  return denoising, heun, fields | {"num_classes": config.data.num_classes}
+  # An unconditional network takes the label 0, which is its null.
+  return denoising, heun, fields | {"num_classes": max(1, config.data.num_classes)}
 
 
 def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

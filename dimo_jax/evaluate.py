@@ -7,6 +7,7 @@ from typing import Any
 
 from dimo_jax import prepare, train
 from dimo_jax.build import Experiment
+from dimo_jax.evaluation.generation import encode_images
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.evaluation.report import console_table, versions, write_report
 from dimo_jax.hooks import evaluate_sampler, sampling_network
@@ -73,7 +74,8 @@ def _tokens(experiment: Experiment, teacher: NetworkState, images: Any) -> tuple
   codebook_size = experiment.tokenizer.codebook_size
   if not codebook_size:
     return None, None
-  return experiment.tokenizer.encode(teacher.autoencoder, images), codebook_size
+  tokens = encode_images(experiment.tokenizer, teacher.autoencoder, images, experiment.mesh)
+  return tokens, codebook_size
 
 
 def _report(

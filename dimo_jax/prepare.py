@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import traverse_util
 
@@ -21,7 +22,7 @@ from dimo_jax.checkpoint import (
   refuse_changes,
   save_params,
 )
-from dimo_jax.convert import families, files, maskgit
+from dimo_jax.convert import edm, families, files, maskgit
 from dimo_jax.convert.files import Archive
 from dimo_jax.data.sources import Source
 from dimo_jax.evaluation.features import Classifier, train_classifier
@@ -32,6 +33,8 @@ from dimo_jax.state import FirstStage, merge
 from dimo_jax.teachers import Teacher
 from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.teachers.maskgit import MaskedTeacher
+from dimo_jax.teachers.tokenizers import Tokenizer
+from dimo_jax.teachers.vqgan import RANDOM
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
@@ -52,12 +55,22 @@ def load_arrays(source: Source) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
-  """The tokenizer's parameters: from the workdir, or fitted on the training split and saved."""
+  """The tokenizer's parameters: from the workdir, or fitted on the training split and saved there;
+  those of a published tokenizer from its file.
+
+  Raises:
+    UserError: the config or that file differ from what the run was begun with.
+  """
   config, directory = experiment.config, workdir / "tokenizer"
   if not experiment.has_pictures:
     return {}
   directory.mkdir(parents=True, exist_ok=True)
-  check_record(directory, tokenizer_fields(experiment))
+  fields = tokenizer_fields(experiment)
+  if not experiment.tokenizer.needs_images:
+    params = experiment.tokenizer.fit(None, config.seed)
+    check_record(directory, fields | ({"tokenizer.sha256": params_hash(params)} if params else {}))
+    return params
+  check_record(directory, fields)
   path = directory / _TOKENIZER_FILE
   if not path.exists():
     arrays, _ = load_arrays(experiment.source("train"))
@@ -66,8 +79,7 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
     decoded = experiment.tokenizer.decode(params, experiment.tokenizer.encode(params, images))
     error = float(jnp.mean((decoded - images) ** 2))
     save_params(path, params, {"name": config.tokenizer.name, "train_mse": error})
-    if experiment.tokenizer.codebook_size:
-      say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
+    say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
   return _read_tokenizer(path)
 
 
@@ -85,19 +97,16 @@ def keep_tokenizer(workdir: Path, params: Params) -> None:
     save_params(workdir / "tokenizer" / _GIVEN_TOKENIZER_FILE, params, {})
 
 
-def run_tokenizer(workdir: Path, experiment: Experiment | None = None) -> Params:
+def run_tokenizer(tokenizer: Tokenizer, config: ml_collections.ConfigDict, workdir: Path) -> Params:
   """The tokenizer's parameters that a trained workdir's networks go with.
 
-  With an experiment, which may be of an older workdir, a given teacher's file is asked first.
+  Raises:
+    UserError: they lie elsewhere, and are not there any more.
   """
-  if experiment is not None and experiment.config.teacher.path not in ("", "random"):
-    tokenizer = load_teacher(experiment, Path(experiment.config.teacher.path))[1]
-    if tokenizer is not None:
-      return tokenizer
   for name in (_GIVEN_TOKENIZER_FILE, _TOKENIZER_FILE):
     if (workdir / "tokenizer" / name).exists():
       return _read_tokenizer(workdir / "tokenizer" / name)
-  return {}
+  return {} if tokenizer.needs_images else tokenizer.fit(None, config.seed)
 
 
 def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
@@ -146,7 +155,7 @@ def save_teacher(
 
 
 def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, Params | None]:
-  """(network parameters, tokenizer parameters or None) of a teacher, checked against the config.
+  """(network parameters, tokenizer parameters if any) of a teacher, checked against the config.
 
   Args:
     experiment: what the teacher must fit.
@@ -162,7 +171,7 @@ def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, 
   if "teacher" in archive.settings:
     _check_process(experiment, field, archive.settings["teacher"])
     tree = traverse_util.unflatten_dict(dict(archive.tensors), sep="/")
-    network, tokenizer = tree["network"], tree.get("tokenizer", {})
+    network, tokenizer = tree["network"], tree.get("tokenizer")
     if isinstance(experiment.teacher, MaskedTeacher):
       network = maskgit.arrange(network, scan_layers=experiment.teacher.network.scan_layers)
   else:
@@ -271,9 +280,11 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
   """What the stages would find one after the other, found before any of them computes.
 
   Raises:
-    UserError: the given teacher cannot be used, or the config differs from the records of the
-      stages begun in `workdir`; all changes are named at once.
+    UserError: the given teacher or tokenizer cannot be used, or the config differs from the records
+      of the stages begun in `workdir`; all changes are named at once.
   """
+  if experiment.config.tokenizer.path not in ("", RANDOM):
+    experiment.tokenizer.fit(None, experiment.config.seed)
   path = experiment.config.teacher.path
   if path not in ("", "random"):
     load_teacher(experiment, path)
@@ -285,12 +296,13 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
   changed: dict[str, str] = {}
   for stage, fields in stages.items():
     changed |= changed_fields(workdir / stage, fields)
-  changed.pop("teacher.sha256", None)  # compared once the teacher is there
+  for name in ("teacher.sha256", "tokenizer.sha256"):  # compared once they are there
+    changed.pop(name, None)
   refuse_changes(workdir, changed)
 
 
 def tokenizer_fields(experiment: Experiment) -> dict:
-  """What a fitted tokenizer depends on, by flat name."""
+  """What a tokenizer depends on, by flat name, a published one's file by its hash."""
   return flat_fields(experiment.config, *_DATA, "tokenizer", "seed")
 
 
@@ -338,7 +350,9 @@ def _network_sections(experiment: Experiment) -> tuple[str, ...]:
 
 
 def flat_fields(config, *names: str) -> dict:
-  """`a.b.c` names and values of the named sections or fields of a config."""
+  """`a.b.c` names and values of the named sections or fields of a config, but for where the
+  tokenizer's file lies.
+  """
   fields: dict[str, Any] = {}
   for name in names:
     value = config
@@ -349,4 +363,5 @@ def flat_fields(config, *names: str) -> dict:
       fields |= {f"{name}.{key}": item for key, item in flat.items()}
     else:
       fields[name] = value
+  fields.pop("tokenizer.path", None)
   return fields

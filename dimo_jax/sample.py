@@ -3,7 +3,9 @@
 python -m dimo_jax.sample --artifact=DIR_OR_FILE --labels=3,1,4 --num=64 --seed=0 --out=grid.png
 """
 
+import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags, logging
@@ -15,18 +17,35 @@ from dimo_jax.evaluation import pictures
 from dimo_jax.types import UserError
 from dimo_jax.writers import say
 
-_NUM_COLUMNS = 10
+_NUM_CLASSES, _NUM_EACH = 10, 4  # of the pictures where no labels are given
 
 _FLAGS = flags.FlagValues()  # its own: `main` has flags of the same names
 _ARTIFACT = flags.DEFINE_string(
-  "artifact", None, "Export, workdir, teacher or checkpoint: a folder or a file.", flag_values=_FLAGS
+  "artifact",
+  None,
+  "Export, workdir, teacher or checkpoint: a folder or a file.",
+  flag_values=_FLAGS,
 )
 _LABELS = flags.DEFINE_string(
   "labels", "", "Class ids, as in 3,1,4; repeated up to --num.", flag_values=_FLAGS
 )
-_NUM = flags.DEFINE_integer("num", None, "Number of images; default: one per label.", flag_values=_FLAGS)
+_NUM = flags.DEFINE_integer(
+  "num", None, "Number of images; default: one per label.", flag_values=_FLAGS
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of what is drawn.", flag_values=_FLAGS)
 _OUT = flags.DEFINE_string("out", "samples.png", "PNG file of the grid.", flag_values=_FLAGS)
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer",
+  "",
+  "VQGAN that decodes the tokens, where the artifact holds none.",
+  flag_values=_FLAGS,
+)
+_FAMILY = flags.DEFINE_string(
+  "family", "", "Of published weights, where the file does not say.", flag_values=_FLAGS
+)
+_FIELD = flags.DEFINE_multi_string(
+  "field", [], "Config field, as in sampling.temperature=7; may be repeated.", flag_values=_FLAGS
+)
 _STEPS = flags.DEFINE_integer("steps", None, "Of a teacher; default: its own.", flag_values=_FLAGS)
 
 
@@ -42,9 +61,9 @@ def parse_labels(text: str, num_classes: int, num: int | None = None) -> np.ndar
   if num is not None and num < 1:
     raise UserError(f"--num={num} must be 1 or more")
   if not text:
-    shown = min(num_classes, _NUM_COLUMNS)
     if num is None:
-      return np.arange(4 * shown, dtype=np.int32) % num_classes
+      num_classes = min(num_classes, _NUM_CLASSES)
+      num = _NUM_EACH * num_classes
     return np.arange(num, dtype=np.int32) % num_classes
   try:
     labels = np.array([int(part) for part in text.split(",")], np.int32)
@@ -72,7 +91,7 @@ def write_grid(
   """
   samples = artifact.sample_timed(labels, seed, steps)
   try:
-    pictures.save_png(out, pictures.tile(samples.outputs, min(len(labels), _NUM_COLUMNS)))
+    pictures.save_png(out, pictures.tile(samples.outputs))
   except OSError as error:
     raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error
   num_steps = steps or artifact.num_steps
@@ -108,8 +127,16 @@ def sample_workdir(
     parse_labels(labels_text, experiment.config.data.num_classes)
     if not experiment.has_pictures:
       raise UserError(f"tokenizer.name={experiment.config.tokenizer.name!r} cannot make pictures")
-  artifact = artifacts.read_run(workdir, experiment, best=best).artifact()
+  artifact = artifacts.NetworkArtifact(artifacts.read_run(workdir, experiment, best=best).parts())
   write_grid(artifact, parse_labels(labels_text, artifact.num_classes), seed, out)
+
+
+def _parse_field(text: str) -> tuple[str, Any]:
+  name, _, value = text.partition("=")
+  try:
+    return name, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return name, value
 
 
 def _dispatch() -> None:
@@ -118,7 +145,12 @@ def _dispatch() -> None:
   out = Path(_OUT.value)
   _check(_SEED.value, out)
   logging.set_verbosity(logging.FATAL)  # orbax logs errors before it raises them
-  artifact = artifacts.load(_ARTIFACT.value)
+  artifact = artifacts.load(
+    _ARTIFACT.value,
+    tokenizer=_TOKENIZER.value,
+    family=_FAMILY.value,
+    fields=dict(map(_parse_field, _FIELD.value)),
+  )
   labels = parse_labels(_LABELS.value, artifact.num_classes, _NUM.value)
   write_grid(artifact, labels, _SEED.value, out, _STEPS.value)
 

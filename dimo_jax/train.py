@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from clu import parameter_overview
 
 from dimo_jax import prepare
@@ -124,7 +125,14 @@ def train_teacher(
     return prepare.random_teacher(experiment), tokenizer_params
   if config.teacher.path:
     network, tokenizer = prepare.load_teacher(experiment, config.teacher.path)
-    return network, tokenizer_params if tokenizer is None else tokenizer
+    if not (tokenizer and tokenizer_params):
+      return network, tokenizer_params
+    if jax.tree.map(jnp.shape, tokenizer) != jax.tree.map(jnp.shape, tokenizer_params):
+      raise UserError(
+        f"teacher.path={config.teacher.path!r} was trained with another tokenizer than"
+        f" tokenizer.name={config.tokenizer.name!r} of the config"
+      )
+    return network, tokenizer
   directory.mkdir(parents=True, exist_ok=True)
   fields = prepare.teacher_fields(experiment)
   check_record(directory, fields)

@@ -12,11 +12,12 @@ from typing import Any
 
 from flax import linen as nn
 
-from dimo_jax.convert import critic, edm, maskgit
+from dimo_jax.convert import critic, edm, maskgit, vqgan
 from dimo_jax.convert.files import Archive, Tensors
 from dimo_jax.models.edm import EDMPrecond, VPPrecond
 from dimo_jax.models.mask_transformer import MaskTransformer
 from dimo_jax.models.unet import ADM, SongUNet
+from dimo_jax.models.vqgan import VQGAN
 from dimo_jax.types import Params, UserError, choose
 
 _NETWORKS: dict[str, type[ADM] | type[SongUNet]] = {"adm": ADM, "song": SongUNet}
@@ -48,8 +49,8 @@ class Converted:
   Attributes:
     family: a key of FAMILIES.
     sizes: of the architecture, by config field, as far as the file says.
-    parts: what is in it by name ("teacher", "generator", "fake_score", "critic"): float32 trees on
-      the host.
+    parts: what is in it by name ("teacher", "generator", "fake_score", "critic", "tokenizer"):
+      float32 trees on the host.
   """
 
   family: str
@@ -237,6 +238,29 @@ def _guidance(archive: Archive, scan_layers: bool) -> dict[str, Params]:
   return parts
 
 
+def _vqgan_settings(archive: Archive) -> dict[str, Any]:
+  return vqgan.settings(archive.tensors, model_yaml=vqgan.yaml_beside(archive.path))
+
+
+def _vqgan_sizes(archive: Archive) -> dict[str, Any]:
+  fields = _vqgan_settings(archive)
+  network = VQGAN(**fields)
+  resolution = fields.pop("resolution")
+  fields.pop("image_channels")
+  sizes = {f"tokenizer.{name}": value for name, value in fields.items()}
+  return sizes | {
+    "tokenizer.name": "vqgan",
+    "tokenizer.grid_size": network.grid_size,
+    "tokenizer.patch_size": resolution // network.grid_size,
+  }
+
+
+def _vqgan(archive: Archive, scan_layers: bool) -> dict[str, Params]:
+  del scan_layers
+  network = VQGAN(**_vqgan_settings(archive))
+  return {"tokenizer": vqgan.from_published(archive.tensors, network)}
+
+
 def _is_masked(archive: Archive) -> bool:
   return "tok_emb.weight" in archive.tensors
 
@@ -277,6 +301,13 @@ FAMILIES: dict[str, Family] = {
     lambda archive: _is_masked(archive) and _is_release(archive),
     _masked_sizes,
     _masked("generator"),
+  ),
+  "vqgan": Family(
+    "a VQGAN",
+    "",
+    lambda archive: "quantize.embedding.weight" in archive.tensors,
+    _vqgan_sizes,
+    _vqgan,
   ),
   "maskgit": Family("a MaskGIT", "maskgit", _is_masked, _masked_sizes, _masked("teacher")),
 }
