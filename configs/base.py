@@ -108,8 +108,9 @@ def get_config() -> ConfigDict:
 
   config.teacher = teacher = ConfigDict()
   teacher.name = "maskgit"  # a key of TEACHERS
-  # A trained teacher: a .safetensors file (ours or with the published key names), a directory with
-  # teacher.safetensors, "random" for random weights, or "" to train one first.
+  # A trained teacher: a published file of PyTorch, EDM or safetensors, our own teacher.safetensors
+  # or a folder with either, here, gs://... or hf://owner/repo/file[@revision]; "random" for random
+  # weights; or "" to train one first.
   teacher.path = ""
 
   teacher.pretrain = pretrain = ConfigDict()

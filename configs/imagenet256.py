@@ -1,7 +1,7 @@
 """Di[M]O on ImageNet-256: a one-step generator from the published MaskGIT teacher.
 
     python -m dimo_jax.main --config=configs/imagenet256.py --workdir=runs/imagenet256 \\
-      --config.teacher.path=MaskGIT_ImageNet_256.safetensors \\
+      --config.teacher.path=MaskGIT_ImageNet_256.pth \\
       --config.tokenizer.name=vqgan --config.tokenizer.path=last.ckpt
 
 Published (arXiv:2503.15457): FID 6.91, IS 214.0 in one step (FID-50k at sampling temperature 7)

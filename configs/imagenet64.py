@@ -3,9 +3,9 @@
 The two published stages, without the GAN and then with it from the first one's best weights:
 
     python -m dimo_jax.main --config=configs/imagenet64.py:no_gan --workdir=runs/stage1 \\
-      --config.teacher.path=edm-imagenet-64x64-cond-adm.safetensors --config.data.path=DATA_DIR
+      --config.teacher.path=edm-imagenet-64x64-cond-adm.pkl --config.data.path=DATA_DIR
     python -m dimo_jax.main --config=configs/imagenet64.py:second_stage --workdir=runs/stage2 \\
-      --config.teacher.path=edm-imagenet-64x64-cond-adm.safetensors --config.data.path=DATA_DIR \\
+      --config.teacher.path=edm-imagenet-64x64-cond-adm.pkl --config.data.path=DATA_DIR \\
       --config.train.start_from=runs/stage1
 
 Without a variant: one stage with the GAN from scratch. DATA_DIR is tfds's, with

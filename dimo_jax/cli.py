@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dimo_jax.allocator import keep_freed_memory
@@ -56,6 +56,7 @@ def _checked(argv: list[str], dispatch: Callable[[], None], needs_config: bool) 
     raise UserError(f"{argv[1]!r} is not a flag; flags begin with --")
   if needs_config and CONFIG.value is None:
     raise UserError("--config is missing; name a config, such as --config=configs/digits.py")
+  logging.set_verbosity(logging.FATAL)  # orbax logs every step, and errors before it raises them
   dispatch()
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from flax import traverse_util
 from ml_collections import config_flags
 
@@ -339,7 +339,6 @@ def _dispatch() -> None:
   _check_out(out, _OVERWRITE.value)
   if _PUSH.value:
     _check_repo(_PUSH.value)
-  logging.set_verbosity(logging.FATAL)  # orbax logs errors before it raises them
   prepare.check_trained(workdir)
   experiment = None if _CONFIG.value is None else build(_CONFIG.value)
   run = read_run(workdir, experiment, best=_CHECKPOINT.value == "best", average=not _RAW.value)

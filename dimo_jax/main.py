@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
-from absl import flags, logging
+from absl import flags
 
 from dimo_jax import cli
 from dimo_jax.preemption import STOP
@@ -35,7 +35,6 @@ def _dispatch() -> None:
   from dimo_jax import build, evaluate, pairs, prepare, sample, train
   from dimo_jax.recipe import CONFIG_FILE, Recipe
 
-  logging.set_verbosity(logging.FATAL)  # orbax logs every step, and errors before it raises them
   workdir, given = Path(_WORKDIR.value), cli.CONFIG.value
   if given is None and not (workdir / CONFIG_FILE).exists():
     raise UserError(

@@ -165,9 +165,8 @@ def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, 
   Raises:
     UserError: no such file, another family's file, or other sizes than the config's.
   """
-  path, field = local_path(location), f"teacher.path={str(location)!r}"
-  path = path / TEACHER_FILE if (path / TEACHER_FILE).is_file() else path
-  archive, tokenizer = files.read(path), None
+  field = f"teacher.path={str(location)!r}"
+  archive, tokenizer = files.read(local_path(location)), None
   if "teacher" in archive.settings:
     _check_process(experiment, field, archive.settings["teacher"])
     tree = traverse_util.unflatten_dict(dict(archive.tensors), sep="/")

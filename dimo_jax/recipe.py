@@ -101,9 +101,10 @@ class Recipe:
       UserError: it is no VQGAN, or has another grid or another number of codes.
     """
     archive = _open(location)
-    if families.guess(archive) != "vqgan":
+    conversion = archive.settings.get("conversion", {})
+    if conversion.get("family", "") != "vqgan" and families.guess(archive) != "vqgan":
       raise UserError(f"--tokenizer={location!r} is no VQGAN")
-    sizes = families.FAMILIES["vqgan"].sizes(archive)
+    sizes = conversion.get("sizes") or families.FAMILIES["vqgan"].sizes(archive)
     for name in ("tokenizer.grid_size", "tokenizer.codebook_size"):
       wanted = self.config.tokenizer[name.partition(".")[2]]
       if sizes[name] != wanted:

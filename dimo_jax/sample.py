@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from dimo_jax import artifacts, cli
 from dimo_jax.artifacts import Artifact
@@ -144,7 +144,6 @@ def _dispatch() -> None:
     raise UserError("--artifact is missing; name an export, a workdir or a checkpoint")
   out = Path(_OUT.value)
   _check(_SEED.value, out)
-  logging.set_verbosity(logging.FATAL)  # orbax logs errors before it raises them
   artifact = artifacts.load(
     _ARTIFACT.value,
     tokenizer=_TOKENIZER.value,

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 from absl import flags
 
 from configs.sweeps import digits as sweep
@@ -60,13 +61,13 @@ def read_rows(path: Path) -> list[Row]:
   return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def experiment_of(preset: str, overrides: Mapping[str, Any], seed: int) -> Experiment:
-  """The built config of one run."""
+def config_of(preset: str, overrides: Mapping[str, Any], seed: int) -> ml_collections.ConfigDict:
+  """The config of one run."""
   name, variant, short = sweep.PRESETS[preset]
   module = importlib.import_module(f"configs.{name}")
   config = module.get_config(variant) if variant else module.get_config()
   config.update_from_flattened_dict({**short, **_QUIET, **overrides, "seed": seed})
-  return build(config)
+  return config
 
 
 def _evaluate(
@@ -86,7 +87,7 @@ def _evaluate(
 
 def run(preset: str, overrides: Mapping[str, Any], seed: int, workdir: Path) -> Row:
   """Distils and evaluates one variant; its teacher is trained once for all of a preset's runs."""
-  experiment = experiment_of(preset, overrides, seed)
+  experiment = build(config_of(preset, overrides, seed))
   shared = workdir / f"{sweep.PRESETS[preset].config}_{seed}"
   shared.mkdir(parents=True, exist_ok=True)
   with open(shared / "lock", "a") as lock:  # another process may want the same teacher

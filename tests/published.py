@@ -32,7 +32,7 @@ STORAGES = {
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Global:
   """A name, as `module name`."""
 

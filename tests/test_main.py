@@ -189,11 +189,11 @@ def test_unusable_teacher_files_are_refused(refused, tmp_path):
   text.write_text("not a network")
   (tmp_path / "empty").mkdir()
   for path, needles in (
-    (published, ["does not fit model, tokenizer and data of the config", "token_embedding"]),
+    (published, ["another architecture: the file has", "model.hidden_dim=64, the config 16"]),
     (truncated, ["not a readable safetensors file"]),
-    (text, ["not a readable safetensors file"]),
-    (foreign, ["not a MaskGIT transformer", "unexpected keys ['codebook']"]),
-    (tmp_path / "empty", ["teacher.safetensors does not exist"]),
+    (text, ["no PyTorch file, EDM pickle or safetensors file"]),
+    (foreign, ["of no known family", "codebook"]),
+    (tmp_path / "empty", ["holds none of teacher.safetensors, model.safetensors"]),
   ):
     refused([CONFIG, f"--config.teacher.path={path}"], [str(path), *needles])
 

@@ -1,10 +1,10 @@
-"""Published weights to files that `--config.teacher.path` takes:
+"""Published weights to files that `--config.teacher.path` or `--config.tokenizer.path` takes:
 
 python -m dimo_jax.convert --source=PATH [--family=FAMILY] --out=DIR
 
-DIR gets one safetensors file for each network (`teacher`, `generator`, `fake_score`, `critic`) and
-`conversion.json`: the family, the sizes that the shapes tell, and the source's SHA-256. A file
-there is replaced whole or not at all, and only once everything was converted.
+DIR gets one safetensors file for each network (`teacher`, `generator`, `fake_score`, `critic`,
+`tokenizer`) and `conversion.json`: the family, the sizes that the shapes tell, and the source's
+SHA-256. A file there is replaced whole or not at all, and only once everything was converted.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def convert(source: str, family: str, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".converting-") as folder:
       for name, (part, params) in zip(names, converted.parts.items(), strict=True):
-        if part == "critic":  # a head, no network of its own
+        if part in ("critic", "tokenizer"):  # no teacher's network
           save_params(Path(folder, name), params, {"conversion": record})
         else:
           metadata = {"teacher": fields, "conversion": record}

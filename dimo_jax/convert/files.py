@@ -17,6 +17,7 @@ from dimo_jax.types import UserError
 # Where trainers put the weights beside other things, outermost first.
 _WRAPPERS = ("model_state_dict", "state_dict", "ema_model", "ema", "model")
 _IN_FOLDERS = (  # the first that is there
+  "teacher.safetensors",  # of this package
   "model.safetensors",
   "diffusion_pytorch_model.safetensors",
   "pytorch_model.safetensors",

@@ -163,8 +163,8 @@ def read(path: Path) -> tuple[Any, str]:
     return content, layout
   except FileNotFoundError as error:
     raise UserError(f"{path} does not exist") from error
-  except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-    raise UserError(f"{path} cannot be read: {error}") from error
+  except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+    raise UserError(f"{path} cannot be read: {_line(error) or type(error).__name__}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ _MARK = _Mark()
 class _Window:
   """Part of a file, for `genops`: never reads beyond it, so no declared size is believed."""
 
-  def __init__(self, file: BinaryIO, start: int, end: int):
+  def __init__(self, file: io.BufferedReader | io.BytesIO, start: int, end: int):
     self._file, self._end = file, end
     file.seek(start)
 
@@ -397,7 +397,9 @@ class _Machine:
     assert self._inner is not None
     return self._inner(blob)
 
-  def _persistent_id(self, value: Any) -> _Storage:
+  def _persistent_id(self, value: Any) -> _Storage | Opaque:
+    if isinstance(value, tuple) and value[:1] == ("module",) and isinstance(value[1], Opaque):
+      return value[1]  # a class, with its source code behind it
     if not isinstance(value, tuple) or len(value) not in (5, 6) or value[0] != "storage":
       raise ValueError("a persistent id that is no storage")
     kind, key, _, size = value[1:5]
@@ -482,10 +484,11 @@ def _read_zip(path: Path) -> Any:
       raise UserError(f"{path} is a zip file without one NAME/data.pkl: not PyTorch's")
     root = pickles[0].removesuffix("data.pkl")
     order = members.get(f"{root}byteorder")
+    for member in filter(None, (order, members[pickles[0]])):
+      if member.file_size > _MAX_PICKLE_BYTES:
+        raise UserError(f"{path} has a pickle of more than {_MAX_PICKLE_BYTES} bytes")
     if order is not None and archive.read(order) != b"little":
       raise UserError(f"{path} was written big-endian; save it on a little-endian machine")
-    if members[pickles[0]].file_size > _MAX_PICKLE_BYTES:
-      raise UserError(f"{path} has a pickle of more than {_MAX_PICKLE_BYTES} bytes")
     content = archive.read(pickles[0])
     storages: dict[str, _Storage] = {}
 
@@ -518,7 +521,7 @@ def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]
   return members
 
 
-def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
+def _start(file: io.BufferedReader, member: zipfile.ZipInfo) -> int:
   """Where the bytes of a stored member begin."""
   file.seek(member.header_offset)
   header = file.read(_LOCAL_HEADER_BYTES)

@@ -207,11 +207,12 @@ class Dmd2:
     critic = on_generator + on_critic * self.fake_rounds
     teacher = (1 if self.teacher_guidance == 1 else 2) * matching
     fake_score = (1 if self.fake_guidance == 1 else 2) * matching + 3 * self.fake_rounds
-    return {
+    passes = {
       "generator": 2 + self.fake_rounds + generations * self.fake_rounds,
       "teacher": teacher + (0 if trains_score else critic),
       "fake_score": fake_score + (critic if trains_score else 0),
     }
+    return {name: float(number) for name, number in passes.items()}
 
   def init_critic(self, key: Key, teacher: NetworkState) -> Params:
     """Random parameters of a critic for the bottleneck of networks like the teacher."""

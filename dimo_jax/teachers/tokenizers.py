@@ -112,7 +112,9 @@ class PatchTokenizer:
   def decode(self, params: Params, tokens: Int[Array, "b l"]) -> Float[Array, "b h w c"]:
     """Every token's patch, put in its place."""
     (rows, columns), p = self.grid, self.patch_size
-    patches = params["codebook"][tokens].reshape(-1, rows, columns, p, p, self.image_shape[-1])
+    patches = jnp.asarray(params["codebook"])[tokens].reshape(
+      -1, rows, columns, p, p, self.image_shape[-1]
+    )
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self.image_shape)
 
 

@@ -1,11 +1,13 @@
 """The VQGAN tokenizer: a published network from a file; nothing here is trained."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from dimo_jax.convert import files
 from dimo_jax.convert import vqgan as published
@@ -23,9 +25,9 @@ class VQGANTokenizer:
 
   Attributes:
     network: of square images.
-    path: of its weights, here, in a bucket or on a hub: a file with the published key names, a
-      folder with `last.ckpt`, or "random" for random ones. A `model.yaml` in the same folder must
-      agree.
+    path: of its weights, here, in a bucket or on a hub: a file with the published key names or
+      converted from one, a folder with `last.ckpt`, or "random" for random ones. A `model.yaml` in
+      the same folder must agree.
   """
 
   network: VQGAN
@@ -78,18 +80,18 @@ class VQGANTokenizer:
     try:
       path = local_path(self.path)
       archive = files.read(path / CHECKPOINT if (path / CHECKPOINT).is_file() else path)
-      self._check_settings(archive)
-      params = published.from_published(archive.tensors, self.network)
+      tensors: Mapping[str, np.ndarray] = archive.tensors
+      if "codebook" in tensors:  # converted
+        tensors = published.to_published(traverse_util.unflatten_dict(dict(tensors), sep="/"))
+      self._check_settings(tensors, published.yaml_beside(archive.path))
+      params = published.from_published(tensors, self.network)
     except UserError as error:
       raise UserError(f"tokenizer.path={self.path!r}: {error}") from error
     return jax.tree.map(jnp.asarray, params)
 
-  def _check_settings(self, archive: files.Archive) -> None:
-    found = published.settings(
-      archive.tensors,
-      resolution=self.network.resolution,
-      model_yaml=published.yaml_beside(archive.path),
-    )
+  def _check_settings(self, tensors: Mapping[str, np.ndarray], model_yaml: str) -> None:
+    resolution = self.network.resolution
+    found = published.settings(tensors, resolution=resolution, model_yaml=model_yaml)
     wrong = [
       f"{name} {value} for {getattr(self.network, name)}"
       for name, value in found.items()

@@ -1,7 +1,6 @@
 """`python -m dimo_jax.convert`, and published files as `teacher.path`."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -90,7 +89,7 @@ def test_masked_networks_become_teachers(tmp_path, capsys, masked):
       masked, out if part == "teacher" else out / f"{part}.safetensors"
     )
     same(network, expected)
-    assert tokenizer == {}
+    assert not tokenizer
     record = json.loads((out / "conversion.json").read_text())
     assert record["sizes"]["model.num_layers"] == 3
     assert record["files"] == [f"{part}.safetensors"] and len(record["source_sha256"]) == 64
@@ -209,9 +208,9 @@ def test_a_conversion_holds_its_parameters_once(tmp_path, layout):
   shapes = {name: value.shape for name, value in state_dict("01_masktransformer").items()}
   sizes = {64: d, 192: 3 * d, 128: 4 * d}
   tensors = {}
-  for name, shape in shapes.items():
+  for name, small in shapes.items():
     if "layers.0" in name or "layers" not in name:
-      shape = tuple(sizes.get(n, n) for n in shape)
+      shape = tuple(sizes.get(n, n) for n in small)
       for i in range(num_layers if "layers" in name else 1):
         tensors[name.replace("layers.0", f"layers.{i}")] = rng.standard_normal(shape, np.float32)
   path, num_bytes = tmp_path / "weights", sum(value.nbytes for value in tensors.values())

@@ -227,7 +227,8 @@ def test_sizes_are_compared_with_the_config():
   families.check_sizes(sizes, network)  # 32 + 10 or 40 + 2: the table is as long
   with pytest.raises(UserError, match=r"file has model\.num_layers=3, the config 2; vocabulary=44"):
     families.check_sizes(sizes | {"vocabulary": 44}, network.clone(num_layers=2, num_classes=9))
-  adm = ADM(img_resolution=16, label_dim=10, model_channels=32, channel_mult=(1, 2), num_blocks=1)
+  options = {"img_resolution": 16, "label_dim": 10, "model_channels": 32, "num_blocks": 1}
+  adm = ADM(channel_mult=(1, 2), attn_resolutions=(32, 8), **options)  # 32 never occurs
   found = files.read(GOLDEN / "07_edm_dhariwal.safetensors")
   _, sizes = families.denoiser(found.tensors, found.settings)
   families.check_sizes(sizes, EDMPrecond(adm))
