@@ -23,7 +23,7 @@ from dimo_jax.build import NUM_SEEDS, Experiment, Models
 from dimo_jax.checkpoint import Checkpoints, load_params, read_tree
 from dimo_jax.convert import families, files
 from dimo_jax.evaluation.pictures import to_uint8
-from dimo_jax.recipe import CONFIG_FILE, Recipe, of_sizes
+from dimo_jax.recipe import Recipe, of_sizes
 from dimo_jax.remote import local_path
 from dimo_jax.samplers import Sampler
 from dimo_jax.sharding import make_mesh, replicated, shard_batch
@@ -400,7 +400,7 @@ def load(
   folders = [f for f in (place, *(place / name for name in FORMATS)) if (f / MANIFEST).is_file()]
   if folders:
     parts = _read_export(folders[0])
-  elif (place / CONFIG_FILE).is_file() and (place / "distill").is_dir():
+  elif (place / "distill").is_dir():
     parts = read_run(place).parts()
   else:
     parts = _read_weights(place, family)

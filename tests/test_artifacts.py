@@ -119,6 +119,27 @@ def test_a_damaged_checkpoint_is_passed_over(masked, tmp_path, capsys):
   assert "checkpoints/20 is damaged and skipped" in capsys.readouterr().out
 
 
+def test_the_tokenizer_that_a_given_teacher_brought_decodes(masked, tmp_path):
+  from tests import commands
+
+  workdir = commands.copy_run(masked[0], tmp_path / "run")
+  fitted = prepare.run_tokenizer(masked[1].tokenizer, masked[1].config, workdir)
+  prepare.keep_tokenizer(workdir, {"codebook": -np.asarray(fitted["codebook"])})
+  inverted = dimo_jax.load(workdir).sample(LABELS, 0)
+  assert_same_images(255 - inverted, dimo_jax.load(masked[0]).sample(LABELS, 0))
+
+
+def test_an_older_workdir_needs_its_config(masked, tmp_path):
+  from tests import commands
+
+  workdir = commands.copy_run(masked[0], tmp_path / "run", "config.json")
+  with pytest.raises(UserError, match=r"holds no config.json; a workdir of an older version"):
+    dimo_jax.load(workdir)
+  given = artifacts.NetworkArtifact(artifacts.read_run(workdir, masked[1]).parts())
+  wanted = dimo_jax.load(masked[0]).sample(LABELS, 0)
+  np.testing.assert_array_equal(given.sample(LABELS, 0), wanted)
+
+
 @pytest.mark.parametrize("kind", ["masked", "gaussian"])
 def test_a_teacher_takes_steps(kind, request):
   workdir, experiment = request.getfixturevalue(kind)

@@ -1,6 +1,7 @@
 """Exports: what goes out comes back the same; cards, refusals, nothing half-written, a fake hub."""
 
 import base64
+import hashlib
 import http.server
 import json
 import os
@@ -25,6 +26,13 @@ from dimo_jax.types import UserError
 from tests import commands, runs
 
 LABELS = np.array([3, 1, 4, 1, 5])
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LOAD = """
+import sys
+import numpy as np
+import dimo_jax
+np.save(sys.argv[1], dimo_jax.load("hf://a/b").sample([3, 1, 4, 1, 5], 0))
+"""
 SCRIPT_GUARD = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -370,16 +378,36 @@ class Hub(http.server.BaseHTTPRequestHandler):
       return self.answer(200, {"commitUrl": f"{hub.address}/a/b/commit/0", "commitOid": "0" * 40})
     return self.answer(200, {"url": f"{hub.address}/a/b", "id": "a/b", "name": "a/b"})
 
-  def do_GET(self):
-    self.answer(404, {"error": "nothing"})
+  def do_HEAD(self):
+    self.do_GET()
 
-  def answer(self, code, content):
-    data = json.dumps(content).encode()
+  def do_GET(self):
+    hub, path = self.server, self.path.partition("?")[0]
+    name = path.partition(f"/a/b/resolve/{COMMIT}/")[2]
+    if name in hub.files:
+      tag = hashlib.sha256(hub.files[name]).hexdigest()
+      return self.answer(200, hub.files[name], {"X-Repo-Commit": COMMIT, "ETag": f'"{tag}"'})
+    if path.startswith("/api/models/a/b/tree/"):
+      return self.answer(
+        200,
+        [
+          {"type": "file", "path": n, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+          for n, data in hub.files.items()
+        ],
+      )
+    if path.startswith("/api/models/a/b"):
+      rows = [{"rfilename": n} for n in hub.files]
+      return self.answer(200, {"id": "a/b", "sha": COMMIT, "siblings": rows})
+    return self.answer(404, {"error": "nothing"})
+
+  def answer(self, code, content, headers=None):
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
     self.send_response(code)
-    self.send_header("Content-Type", "application/json")
-    self.send_header("Content-Length", str(len(data)))
+    for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
+      self.send_header(name, value)
     self.end_headers()
-    self.wfile.write(data)
+    if self.command != "HEAD":
+      self.wfile.write(data)
 
   def log_message(self, *arguments):
     pass
@@ -408,6 +436,11 @@ def test_an_export_is_pushed(exported, command, hub, tmp_path):
   assert out.splitlines()[-1].startswith("pushed to ")
   assert hub.files == {str(k): v for k, v in contents(tmp_path / "out").items()}
   assert all(token == "Bearer hf_secret" for path, token in hub.seen if "yaml" not in path)
+  command_line = [sys.executable, "-c", LOAD, str(tmp_path / "images.npy")]
+  environment = commands.environment(tmp_path) | {"HF_HUB_DISABLE_XET": "1"}
+  subprocess.run(command_line, check=True, env=environment)
+  wanted = dimo_jax.load(tmp_path / "out").sample(LABELS, 0)
+  assert np.abs(np.load(tmp_path / "images.npy").astype(int) - wanted).max() <= 1
   hub.refusing = True
   code, _, err = command(export, *arguments, f"--out={tmp_path}/again")
   assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
