@@ -92,7 +92,7 @@ class Artifact(abc.ABC):
 
   def sample(
     self,
-    labels: Sequence[int] | np.ndarray,
+    labels: Sequence[Any] | np.ndarray,
     seed: int,
     steps: int | None = None,
     *,
@@ -112,7 +112,7 @@ class Artifact(abc.ABC):
 
   def sample_timed(
     self,
-    labels: Sequence[int] | np.ndarray,
+    labels: Sequence[Any] | np.ndarray,
     seed: int,
     steps: int | None = None,
     *,
@@ -128,7 +128,7 @@ class Artifact(abc.ABC):
 
   def sample_tokens(
     self,
-    labels: Sequence[int] | np.ndarray,
+    labels: Sequence[Any] | np.ndarray,
     seed: int,
     steps: int | None = None,
     *,
@@ -149,7 +149,7 @@ class Artifact(abc.ABC):
 
   def _run(
     self,
-    labels: Sequence[int] | np.ndarray,
+    labels: Sequence[Any] | np.ndarray,
     seed: int,
     steps: int | None,
     batch_size: int | None,
@@ -181,7 +181,7 @@ class Artifact(abc.ABC):
     return Samples(np.concatenate(outputs)[: len(labels)], seconds, compiled - began)
 
 
-def check_labels(labels: Sequence[int] | np.ndarray, num_classes: int) -> Int[np.ndarray, " n"]:
+def check_labels(labels: Sequence[Any] | np.ndarray, num_classes: int) -> Int[np.ndarray, " n"]:
   """Class ids as int32.
 
   Raises:
