@@ -21,6 +21,7 @@ _COLUMNS = (
   ("recall", "recall"),
   ("token_entropy", "token entropy (nats)"),
 )
+_ROW = (("model", "model"), ("sampler", "sampler"), ("steps", "steps"))
 _SETTINGS = ("objective", "seed", "train", "optim", "precision")  # of the recipe, beside the method
 
 
@@ -57,12 +58,9 @@ def card(
     num_steps=run.parts().sampler(run.recipe.models("")).num_steps,
     formats=formats,
     protocol=config.evaluation.protocol,
-    columns=columns,
-    results=[
-      [_cell(row, k) for k in ("model", "sampler", "steps")] + [_cell(row, k) for k, _ in columns]
-      for row in results
-    ],
-    counted={key: results[0].get(key) for key in ("num_images", "classifier_sha256") if results},
+    columns=(*_ROW, *columns),
+    results=[[_cell(row, key) for key, _ in (*_ROW, *columns)] for row in results],
+    last=results[-1] if results else {},
     notes=notes,
     settings=json.dumps(settings, indent=1),
     versions=versions(),
@@ -157,14 +155,14 @@ verified.
 ## Evaluation
 
 {% if results %}
-Protocol `{{ protocol }}`{% if counted.num_images %}, {{ counted.num_images }} images in the last \
+Protocol `{{ protocol }}`{% if last.num_images %}, {{ last.num_images }} images in the last \
 row{% endif %}. The Fréchet distance is taken in the features of a
-small classifier{% if counted.classifier_sha256 %} (weights SHA-256 \
-`{{ counted.classifier_sha256[:12] }}`){% endif %}, so it compares with rows of this table only.
+small classifier{% if last.classifier_sha256 %} (weights SHA-256 \
+`{{ last.classifier_sha256[:12] }}`){% endif %}, so it compares with rows of this table only.
 
-| model | sampler | steps |{% for _, title in columns %} {{ title }} |{% endfor %}
+|{% for _, title in columns %} {{ title }} |{% endfor %}
 
-| --- | --- | --- |{% for _ in columns %} --- |{% endfor %}
+|{% for _ in columns %} --- |{% endfor %}
 
 {% for row in results %}
 | {{ row | join(" | ") }} |

@@ -45,7 +45,7 @@ def make(workdir: pathlib.Path, variant: str = "dimo", **sections) -> Experiment
   (workdir / "tokenizer").mkdir()
   (workdir / "teacher").mkdir()
   codebook = {}
-  if experiment.tokenizer.codebook_size:
+  if experiment.has_pictures and experiment.tokenizer.codebook_size:
     shape = (config.tokenizer.codebook_size, config.tokenizer.patch_size**2)
     codebook = {"codebook": np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)}
     save_params(workdir / "tokenizer" / "tokenizer.safetensors", codebook, {})
