@@ -17,14 +17,28 @@ BAD_INPUT, STOPPED = 2, 3  # exit codes, beside preemption.RESUME_EXIT_CODE
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=1 overrides.")
 
 
-def run(dispatch: Callable[[], None], *, needs_config: bool = True) -> None:
-  """Parses the flags and runs a command; every way to fail has its line and its exit code."""
+def run(
+  dispatch: Callable[[], None],
+  flag_values: flags.FlagValues = flags.FLAGS,
+  *,
+  needs_config: bool = True,
+) -> None:
+  """Parses the flags and runs a command; every way to fail has its line and its exit code.
+
+  Args:
+    flag_values: a command's own flags, where they are not absl's global ones, and `config` one of
+      them or not.
+    needs_config: whether --config must be given.
+  """
   STOP.install()  # before the long imports: an early Ctrl-C would break into them
   keep_freed_memory()
   from dimo_jax.health import RunStopped, disk_is_full
 
   try:
-    app.run(lambda argv: _checked(argv, dispatch, needs_config), flags_parser=_parse_flags)
+    app.run(
+      lambda argv: _checked(argv, dispatch, needs_config),
+      flags_parser=lambda argv: _parse_flags(argv, flag_values),
+    )
   except (UserError, RunStopped) as error:
     sys.exit(_fail(error, BAD_INPUT if isinstance(error, UserError) else STOPPED))
   except Preempted as error:
@@ -46,10 +60,16 @@ def _checked(argv: list[str], dispatch: Callable[[], None], needs_config: bool) 
   dispatch()
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
+  if flag_values is not flags.FLAGS:
+    flags.FLAGS.mark_as_parsed()  # absl reads its own
+    if {"--help", "-h"} & set(argv):
+      print(f"{sys.modules['__main__'].__doc__}\n{flag_values.get_help()}")
+      sys.exit(0)
   try:
-    rest = flags.FLAGS(argv)
-    _ = CONFIG.value and CONFIG.value.is_locked  # a file that is missing shows at the first use
+    rest = flag_values(argv)
+    if "config" in flag_values:  # a file that is missing shows at the first use
+      _ = flag_values["config"].value and flag_values["config"].value.is_locked
     return rest
   except (AttributeError, KeyError) as error:  # its text may name the nearest field
     words = set(re.findall(r"\w+", str(error)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import traverse_util
 
@@ -21,19 +22,25 @@ from dimo_jax.checkpoint import (
   refuse_changes,
   save_params,
 )
-from dimo_jax.convert import families, files, maskgit
+from dimo_jax.convert import edm, families, files, maskgit
 from dimo_jax.convert.files import Archive
 from dimo_jax.data.sources import Source
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.recipe import Recipe
 from dimo_jax.remote import local_path
 from dimo_jax.state import FirstStage, merge
+from dimo_jax.teachers import Teacher
+from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.teachers.maskgit import MaskedTeacher
+from dimo_jax.teachers.tokenizers import Tokenizer
 from dimo_jax.teachers.vqgan import RANDOM
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
 TEACHER_FILE = "teacher.safetensors"
+_TOKENIZER_FILE = "tokenizer.safetensors"  # fitted
+_GIVEN_TOKENIZER_FILE = "given.safetensors"  # beside it: the one that a given teacher brought
 # What every stage reads of its data; pairs are for a distillation alone.
 _DATA = tuple(
   f"data.{name}" for name in ("name", "path", "tfds_name", "image_size", "num_classes", "flip")
@@ -64,7 +71,7 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
     check_record(directory, fields | ({"tokenizer.sha256": params_hash(params)} if params else {}))
     return params
   check_record(directory, fields)
-  path = directory / "tokenizer.safetensors"
+  path = directory / _TOKENIZER_FILE
   if not path.exists():
     arrays, _ = load_arrays(experiment.source("train"))
     params = experiment.tokenizer.fit(arrays, config.seed)
@@ -73,8 +80,33 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
     error = float(jnp.mean((decoded - images) ** 2))
     save_params(path, params, {"name": config.tokenizer.name, "train_mse": error})
     say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
+  return _read_tokenizer(path)
+
+
+def _read_tokenizer(path: Path) -> Params:
   params, _ = load_params(path)
   return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(params, sep="/"))
+
+
+def keep_tokenizer(workdir: Path, params: Params) -> None:
+  """Copies the tokenizer that a given teacher brought into the workdir, which then needs no other
+  file.
+  """
+  if params:
+    (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
+    save_params(workdir / "tokenizer" / _GIVEN_TOKENIZER_FILE, params, {})
+
+
+def run_tokenizer(tokenizer: Tokenizer, config: ml_collections.ConfigDict, workdir: Path) -> Params:
+  """The tokenizer's parameters that a trained workdir's networks go with.
+
+  Raises:
+    UserError: they lie elsewhere, and are not there any more.
+  """
+  for name in (_GIVEN_TOKENIZER_FILE, _TOKENIZER_FILE):
+    if (workdir / "tokenizer" / name).exists():
+      return _read_tokenizer(workdir / "tokenizer" / name)
+  return {} if tokenizer.needs_images else tokenizer.fit(None, config.seed)
 
 
 def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
@@ -109,9 +141,17 @@ def random_teacher(experiment: Experiment) -> Params:
   return experiment.teacher.init(jax.random.fold_in(jax.random.key(experiment.config.seed), 1))
 
 
-def save_teacher(path: Path, network: Params, tokenizer: Params, fields: dict) -> None:
+def recipe(experiment: Experiment) -> Recipe:
+  """What rebuilds an experiment's networks and samplers without its data."""
+  return Recipe(experiment.config, experiment.tokenizer.image_shape)
+
+
+def save_teacher(
+  path: Path, network: Params, tokenizer: Params, fields: dict, recipe: Recipe
+) -> None:
   """A finished teacher, network and tokenizer together, with what it was trained as."""
-  save_params(path, {"network": network, "tokenizer": tokenizer}, {"teacher": fields})
+  metadata = {"teacher": fields, "recipe": recipe.to_dict()}
+  save_params(path, {"network": network, "tokenizer": tokenizer}, metadata)
 
 
 def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, Params | None]:
@@ -150,6 +190,24 @@ def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, 
       f" {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}"
     )
   return jax.tree.map(lambda x: np.asarray(x, np.float32), network), tokenizer
+
+
+def from_published(teacher: Teacher, arrays: Mapping[str, np.ndarray]) -> Params:
+  """A network's parameters from a state dict with the published key names.
+
+  Raises:
+    UserError: keys are missing or unexpected, or shapes are another network's.
+  """
+  if isinstance(teacher, GaussianTeacher):
+    return edm.from_published(arrays, teacher.network)
+  return maskgit.from_published(arrays, scan_layers=teacher.network.scan_layers)
+
+
+def to_published(teacher: Teacher, params: Params) -> dict[str, np.ndarray]:
+  """The inverse of `from_published`."""
+  if isinstance(teacher, GaussianTeacher):
+    return edm.to_published(params, teacher.network)
+  return maskgit.to_published(params)
 
 
 def _from_published(experiment: Experiment, field: str, archive: Archive) -> Params:
@@ -221,6 +279,12 @@ def _first_stage_directory(experiment: Experiment) -> Path | None:
       f"train.start_from={workdir!r} holds no distillation; name the workdir of a finished one"
     )
   return directory
+
+
+def check_trained(workdir: Path) -> None:
+  """Raises UserError where no distillation was begun."""
+  if not (workdir / "distill" / "checkpoints").is_dir():
+    raise UserError(f"--workdir={str(workdir)!r} holds no training; run --mode=train there first")
 
 
 def check_workdir(experiment: Experiment, workdir: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dimo_jax.types import UserError
 
 _HUB, _SEPARATOR = "hf://", "://"
-_HUB_FORM = "hf://owner/repo/file, or hf://owner/repo/file@revision"
+_HUB_FORM = "hf://owner/repo/file or hf://owner/repo, with @revision if it is not the main branch"
 
 
 def local_path(location: str | Path) -> Path:
@@ -16,8 +16,9 @@ def local_path(location: str | Path) -> Path:
 
   Args:
     location: a path; `gs://...` or another scheme that etils.epath knows, a file or a folder of
-      files, kept in `$XDG_CACHE_HOME/dimo_jax` until it changes; or `hf://owner/repo/file`, with
-      `@revision` if it is not the main branch, kept in huggingface_hub's cache. Of the latter,
+      files, kept in `$XDG_CACHE_HOME/dimo_jax` until it changes; or `hf://owner/repo/file`, or
+      `hf://owner/repo` for the folder of them all, with `@revision` if it is not the main branch,
+      kept in huggingface_hub's cache. Of the latter,
       HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are heeded.
 
   Raises:
@@ -33,13 +34,15 @@ def _from_hub(location: str) -> Path:
   name, _, revision = location.removeprefix(_HUB).partition("@")
   owner, _, rest = name.partition("/")
   repo, _, file = rest.partition("/")
-  if not (owner and repo and file) or (revision == "" and "@" in location):
-    raise UserError(f"{location!r} is no file on a hub: write {_HUB_FORM}")
+  if not (owner and repo) or (revision == "" and "@" in location):
+    raise UserError(f"{location!r} is nothing on a hub: write {_HUB_FORM}")
 
   import huggingface_hub  # half a second that few need
   from huggingface_hub import errors
 
   try:
+    if not file:
+      return Path(huggingface_hub.snapshot_download(f"{owner}/{repo}", revision=revision or None))
     return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file, revision=revision or None))
   except errors.GatedRepoError as error:
     reason = f"{owner}/{repo} wants its terms accepted; do that there, and set HF_TOKEN"

@@ -139,7 +139,8 @@ def train_teacher(
   path = directory / prepare.TEACHER_FILE
   if not path.exists():
     state = _pretrain(experiment, directory, tokenizer_params)
-    prepare.save_teacher(path, state.ema, tokenizer_params, fields)
+    recipe = prepare.recipe(experiment)
+    prepare.save_teacher(path, state.ema, tokenizer_params, fields, recipe)
   return prepare.load_teacher(experiment, path)[0], tokenizer_params
 
 
@@ -231,16 +232,14 @@ def distill(
 def train(experiment: Experiment, workdir: Path) -> None:
   """Every stage of a run that is not yet done."""
   prepare.check_workdir(experiment, workdir)
+  prepare.recipe(experiment).save(workdir)
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   reference = prepare.fit_classifier(experiment, workdir)
-  teacher_params, tokenizer_params = train_teacher(experiment, workdir, tokenizer_params)
+  fitted = tokenizer_params
+  teacher_params, tokenizer_params = train_teacher(experiment, workdir, fitted)
+  if tokenizer_params is not fitted:
+    prepare.keep_tokenizer(workdir, tokenizer_params)
   distill(experiment, workdir, teacher_params, tokenizer_params, reference)
-
-
-def check_trained(workdir: Path) -> None:
-  """Raises UserError where no distillation was begun."""
-  if not (workdir / "distill" / "checkpoints").is_dir():
-    raise UserError(f"--workdir={str(workdir)!r} holds no training; run --mode=train there first")
 
 
 def restore(
@@ -253,7 +252,7 @@ def restore(
   Raises:
     UserError: nothing was trained there, or nothing evaluated.
   """
-  check_trained(workdir)
+  prepare.check_trained(workdir)
   directory = workdir / "distill"
   prepare.check_workdir(experiment, workdir)
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)

@@ -31,10 +31,12 @@ step
 evaluation
 checkpoint
 build
+recipe
 prepare
-hooks start
+hooks start artifacts
 train
-sample evaluate benchmark pairs study
+sample evaluate benchmark pairs study card
+export
 main
 """
 RANK = {name: row for row, line in enumerate(LAYERS.split("\n")) for name in line.split()}
@@ -92,8 +94,12 @@ def test_layers(path):
   assert not violations(module, path.read_text())
 
 
-def test_package_init_imports_nothing():
-  assert not imports((PACKAGE / "__init__.py").read_text())
+def test_importing_the_package_imports_nothing_else():
+  code = "import sys; before = set(sys.modules); import dimo_jax; dimo_jax.__all__"
+  code += "; print(*sorted(set(sys.modules) - before))"
+  command = [sys.executable, "-c", code]
+  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+  assert set(result.stdout.split()) <= {"dimo_jax", "typing"}
 
 
 @pytest.mark.parametrize(

@@ -358,6 +358,25 @@ def test_samples_follow_labels_and_seed(command, reference, tmp_path):
   assert not np.array_equal(first, other)
 
 
+def test_a_workdir_supplies_its_own_config(command, reference, tmp_path):
+  workdir = commands.copy_run(reference, tmp_path / "run")
+  made = {}
+  for name, arguments in (("given", commands.TINY), ("recorded", ())):
+    out = tmp_path / f"{name}.png"
+    code, _, err = command(*arguments, f"--workdir={workdir}", "--mode=sample", f"--out={out}")
+    assert code == 0, err
+    made[name] = out.read_bytes()
+  assert made["given"] == made["recorded"]
+  recorded = json.loads((workdir / "config.json").read_text())
+  assert recorded["config"]["log"]["checkpoint_every_steps"] == 6
+  assert recorded["image_shape"] == [8, 8, 1]
+  (workdir / "config.json").unlink()
+  for mode in ("train", "evaluate", "sample"):
+    code, _, err = command(f"--workdir={workdir}", f"--mode={mode}")
+    assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
+    assert "--config is missing" in err and "has recorded none" in err
+
+
 def test_a_stopped_run_has_its_own_exit_code(command, tmp_path, monkeypatch):
   def stop(experiment, workdir):
     raise RunStopped("step 3: generator/loss not finite. Look at the gradient norms")

@@ -162,9 +162,9 @@ def test_what_a_hub_refuses_is_one_line(fetch, location, needle):
 
 
 @pytest.mark.parametrize(
-  "location", ["hf://", "hf://owner", "hf://owner/repo", "hf://owner/repo/", "hf://o/r/f@"]
+  "location", ["hf://", "hf://owner", "hf://owner/", "hf:///repo", "hf://o/r/f@"]
 )
-def test_a_file_on_a_hub_has_three_parts(location):
+def test_what_lies_on_a_hub_has_an_owner_and_a_repository(location):
   with pytest.raises(UserError, match="hf://owner/repo/file"):
     remote.local_path(location)
 

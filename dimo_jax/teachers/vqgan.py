@@ -17,7 +17,7 @@ from dimo_jax.remote import local_path
 from dimo_jax.types import Array, Float, Int, Key, Params, UserError
 
 RANDOM = "random"  # in place of a path
-_CHECKPOINT = "last.ckpt"
+CHECKPOINT = "last.ckpt"
 
 
 @functools.partial(jax.jit, static_argnames="network")
@@ -85,7 +85,7 @@ class VQGANTokenizer:
       return self.init(jax.random.key(seed))
     try:
       path = local_path(self.path)
-      archive = files.read(path / _CHECKPOINT if (path / _CHECKPOINT).is_file() else path)
+      archive = files.read(path / CHECKPOINT if (path / CHECKPOINT).is_file() else path)
       tensors: Mapping[str, np.ndarray] = archive.tensors
       if "codebook" in tensors:  # converted
         tensors = published.to_published(traverse_util.unflatten_dict(dict(tensors), sep="/"))

@@ -1,0 +1,469 @@
+"""Exports: what goes out comes back the same; cards, refusals, nothing half-written, a fake hub."""
+
+import base64
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from absl import flags
+from absl.testing import flagsaver
+from jax import export as jax_export
+from safetensors.numpy import load_file
+
+import dimo_jax
+from dimo_jax import artifacts, cli, export, prepare
+from dimo_jax.types import UserError
+from tests import commands, runs
+
+LABELS = np.array([3, 1, 4, 1, 5])
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LOAD = """
+import sys
+import numpy as np
+import dimo_jax
+np.save(sys.argv[1], dimo_jax.load("hf://a/b").sample([3, 1, 4, 1, 5], 0))
+"""
+SCRIPT_GUARD = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+roots = {name.split(".")[0] for name in sys.modules}
+assert not roots & {"dimo_jax", "flax", "orbax", "configs"}, roots
+"""
+
+
+@pytest.fixture(scope="module", params=["dimo", "dmd2"])
+def exported(request, tmp_path_factory):
+  """(workdir, its run, an export in every format)."""
+  workdir = tmp_path_factory.mktemp(request.param) / "run"
+  runs.make(workdir, request.param)
+  run = artifacts.read_run(workdir)
+  out = tmp_path_factory.mktemp("out") / "deep" / "export"
+  export.export(run, artifacts.FORMATS, out, license_name="cc-by-4.0")
+  return workdir, run, out
+
+
+@pytest.mark.parametrize("name", artifacts.FORMATS)
+def test_exports_sample_what_the_run_samples(exported, name):
+  workdir, _, out = exported
+  whole, part = dimo_jax.load(workdir), dimo_jax.load(out / name)
+  for attribute in ("kind", "role", "num_classes", "num_steps", "image_shape"):
+    assert getattr(part, attribute) == getattr(whole, attribute)
+  np.testing.assert_array_equal(part.sample(LABELS, 7), whole.sample(LABELS, 7))
+  if name != "stablehlo" and whole.kind == "masked":
+    np.testing.assert_array_equal(part.sample_tokens(LABELS, 7), whole.sample_tokens(LABELS, 7))
+  elif name == "stablehlo":
+    np.testing.assert_array_equal(part.sample(LABELS, 7, batch_size=2), part.sample(LABELS, 7))
+    with pytest.raises(UserError, match="makes images, not tokens"):
+      part.sample_tokens(LABELS, 7)
+    with pytest.raises(UserError, match="is a fixed program"):
+      dimo_jax.load(out / name, fields={"sampling.temperature": 2.0})
+
+
+def test_a_folder_of_several_formats_is_loaded_by_the_first(exported):
+  artifact = dimo_jax.load(exported[2])
+  assert artifact.name.endswith("linen")
+
+
+def test_the_torch_format_is_the_published_layout(exported):
+  _, run, out = exported
+  teacher = run.recipe.models("run").teacher
+  arrays = load_file(out / "torch" / artifacts.TORCH_FILES[teacher.kind])
+  network = prepare.from_published(teacher, arrays)
+  jax.tree.map(np.testing.assert_array_equal, network, run.weights["network"])
+  settings = json.loads((out / "torch" / "sampling.json").read_text())
+  if teacher.kind == "masked":
+    assert arrays["transformer.layers.0.0.fn.mha.in_proj_weight"].shape == (48, 16)
+    assert settings["sampler"]["temperature"] == 1.2 and settings["sampler"]["r_init"] == 0.6
+    assert settings["conditioning"]["null_class_token_id"] == 32 + 1 + 10
+    assert settings["network"]["num_heads"] == 2
+  else:
+    assert settings["sampler"]["sigmas"] == [80.0, 5.0, 1.5, 0.5]
+    assert settings["preconditioning"]["sigma_data"] == 0.5
+    assert settings["network"]["class"] == "DenoisingMLP"
+
+
+def test_a_program_is_portable(exported):
+  program = jax_export.deserialize(
+    bytearray((exported[2] / "stablehlo" / "program.bin").read_bytes())
+  )
+  assert program.platforms == ("cpu", "cuda", "tpu")
+  assert program.nr_devices == 1
+  calls = set(re.findall(r'custom_call @?"?([\w.$]+)', program.mlir_module()))
+  assert calls <= {"shape_assertion"}, calls
+  weights = load_file(exported[2] / "stablehlo" / "weights.safetensors")
+  shapes = dict(program.in_tree.unflatten(program.in_avals)[0][0])
+  assert {k: v.shape for k, v in shapes.items()} == {k: v.shape for k, v in weights.items()}
+
+
+@pytest.mark.parametrize("num", [1, 5])
+def test_the_script_needs_jax_and_safetensors_alone(exported, tmp_path, num):
+  workdir, _, out = exported
+  text = (out / "stablehlo" / "sample.py").read_text()
+  imported = set(re.findall(r"^(?:import|from) (\w+)", text, flags=re.M))
+  assert imported == {"pathlib", "sys", "jax", "numpy", "safetensors"}
+  code = text.split('"""')[2].strip().splitlines()
+  assert len(code) <= 20
+  labels = ",".join(map(str, LABELS[:num]))
+  arguments = [out / "stablehlo" / "sample.py", labels, "7", tmp_path / "images.npy"]
+  command = [sys.executable, "-c", SCRIPT_GUARD, *map(str, arguments)]
+  environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+  subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+  images = np.load(tmp_path / "images.npy")
+  np.testing.assert_array_equal(images, dimo_jax.load(workdir).sample(LABELS[:num], 7))
+
+
+def front_matter(text):
+  return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_card(exported):
+  workdir, run, out = exported
+  text = (out / "README.md").read_text()
+  head = front_matter(text)
+  method = {"dimo": "Di[M]O", "dmd2": "DMD2"}[run.recipe.config.objective]
+  assert head["license"] == "cc-by-4.0"
+  assert head["library_name"] == "dimo_jax"
+  assert {run.recipe.config.objective, *artifacts.FORMATS} <= set(head["tags"])
+  for needle in (
+    f"# {method} generator",
+    run.teacher_sha256,
+    "20 generator updates",
+    "trained in the same run",
+    "moving average",
+    "cc-by-4.0: the teacher's",
+    "| student | one step | 1 | 3.25 | 0.75 |",
+    "| real | test split | 0 | 2.5 | - |",
+    "Protocol `debug`, 96 images",
+    "nothing but the lowering was",
+    '"learning_rate"',
+  ):
+    assert needle in text, needle
+  assert "{{" not in text and "{%" not in text
+  assert ("MLP for tiny images" in text) is (method == "DMD2")
+  assert str(workdir) not in text
+  table = text[text.index("| model |") :].splitlines()
+  assert [line.count("|") for line in table[:5]] == [6] * 5
+
+
+def test_a_card_says_what_is_not_known(exported, tmp_path):
+  workdir = commands.copy_run(exported[0], tmp_path / "run")  # without its results
+  export.export(artifacts.read_run(workdir, average=False), ["linen"], tmp_path / "out")
+  text = (tmp_path / "out" / "README.md").read_text()
+  assert front_matter(text)["license"] == "other"
+  assert front_matter(text)["license_name"] == "unknown"
+  for needle in (
+    "Unknown: a distilled generator inherits",
+    "None: the run was not evaluated",
+    "no a",
+  ):
+    assert needle in text, needle
+  assert "stablehlo" not in text and "torch/" not in text
+
+
+def test_raw_weights_are_the_generators(exported, tmp_path):
+  workdir, run, _ = exported
+  raw = artifacts.read_run(workdir, average=False)
+  export.export(raw, ["linen"], tmp_path / "out")
+  got = dimo_jax.load(tmp_path / "out").sample(LABELS, 0)
+  assert (got != dimo_jax.load(workdir).sample(LABELS, 0)).any()
+  manifest = json.loads((tmp_path / "out" / "linen" / "dimo_jax.json").read_text())
+  assert manifest["weights"] == "raw" and manifest["teacher_sha256"] == run.teacher_sha256
+
+
+def contents(folder):
+  return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_an_export_is_whole_or_not_there(exported, tmp_path, monkeypatch):
+  run, out = exported[1], tmp_path / "out"
+
+  def full(*arguments):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setitem(export._WRITERS, "torch", full)
+  with pytest.raises(UserError, match=r"out' cannot be written: No space left on device"):
+    export.export(run, ["linen", "torch"], out)
+  assert list(tmp_path.iterdir()) == []
+  export.export(run, ["linen"], out)
+  before = contents(out)
+  with pytest.raises(UserError, match=r"exists; give --overwrite"):
+    export.export(run, ["linen"], out)
+  with pytest.raises(UserError, match="cannot be written"):
+    export.export(run, ["torch"], out, overwrite=True)
+  replace = os.replace
+  monkeypatch.setattr(
+    os, "replace", lambda a, b: full() if pathlib.Path(a).name == "export" else replace(a, b)
+  )
+  with pytest.raises(UserError, match="cannot be written"):
+    export.export(run, ["linen"], out, overwrite=True)
+  assert contents(out) == before and list(tmp_path.iterdir()) == [out]
+  monkeypatch.undo()
+  export.export(run, ["torch"], out, overwrite=True)
+  assert {path.name for path in out.iterdir()} == {"README.md", "torch"}
+  assert list(tmp_path.iterdir()) == [out]
+
+
+def test_nothing_but_an_export_is_replaced(exported, tmp_path):
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "thesis.tex").write_text("years")
+  for overwrite in (False, True):
+    with pytest.raises(UserError, match="exists and is no export"):
+      export.export(exported[1], ["linen"], tmp_path / "mine", overwrite=overwrite)
+  assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
+  (tmp_path / "empty").mkdir()
+  export.export(exported[1], ["linen"], tmp_path / "empty")
+
+
+def test_damaged_exports_have_one_line(exported, tmp_path):
+  import shutil
+
+  for name, file in (
+    ("linen", "dimo_jax.json"),
+    ("torch", "sampling.json"),
+    ("stablehlo", "weights.safetensors"),
+    ("stablehlo", "program.bin"),
+  ):
+    folder = tmp_path / f"{name}-{file}"
+    shutil.copytree(exported[2] / name, folder)
+    (folder / file).unlink()
+    if file == "sampling.json":  # for people only
+      dimo_jax.load(folder)
+      continue
+    with pytest.raises(UserError):
+      dimo_jax.load(folder)
+  folder = tmp_path / "cut"
+  shutil.copytree(exported[2] / "linen", folder)
+  for path in (folder / "params").rglob("*"):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[:10])
+  with pytest.raises(UserError, match="is not a readable checkpoint"):
+    dimo_jax.load(folder)
+
+
+def test_tokens_alone_are_no_program(tmp_path):
+  tokens = {"data": {"name": "labels"}, "tokenizer": {"name": "none"}}
+  more = {"evaluation": {"protocol": "none"}, "teacher": {"path": "random"}}
+  runs.make(tmp_path / "run", **tokens, **more)
+  run = artifacts.read_run(tmp_path / "run")
+  with pytest.raises(UserError, match="--format=stablehlo makes images, and this run has no deco"):
+    export.export(run, ["stablehlo"], tmp_path / "out")
+  export.export(run, ["linen"], tmp_path / "out")
+  artifact = dimo_jax.load(tmp_path / "out")
+  assert artifact.sample_tokens(LABELS, 0).shape == (5, 16)
+  with pytest.raises(UserError, match="holds no decoder"):
+    artifact.sample(LABELS, 0)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+  """command(module, *arguments) -> (exit code, stdout, stderr), in this process."""
+  import signal
+
+  from absl import logging
+
+  def run(module, *arguments):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    verbosity = logging.get_verbosity()
+    try:
+      with flagsaver.flagsaver(), pytest.raises(SystemExit) as raised:
+        module.main()
+    finally:
+      logging.set_verbosity(verbosity)
+      module._FLAGS.unparse_flags()
+      for name in module._FLAGS:
+        module._FLAGS[name].unparse()
+      for number, handler in handlers.items():
+        signal.signal(number, handler)
+    out, err = capsys.readouterr()
+    return raised.value.code or 0, out, err
+
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  return run
+
+
+@pytest.mark.parametrize(
+  ("arguments", "needles"),
+  [
+    (["--workdir=", "--format=linen", "--out=x"], ["--workdir is missing"]),
+    (["--workdir=w", "--out=x"], ["--format is missing", "linen, torch, stablehlo"]),
+    (["--workdir=w", "--format=linen"], ["--out is missing"]),
+    (["--workdir=w", "--format=onnx", "--out=x"], ["--format='onnx'", "stablehlo"]),
+    (["--workdir=w", "--format=linen", "--out=x"], ["--workdir='w'", "holds no training"]),
+    (["--workdir=w", "--format=linen", "--out=/"], ["--out='/'", "is no export"]),
+    (["--workdir=w", "--format=linen", "--out=x", "--push=name"], ["--push='name'", "owner/repo"]),
+    (["--workdir=w", "--format=linen", "--out=x", "--push=a/b/c"], ["--push='a/b/c'"]),
+    (["--workdir=w", "--format=linen", "--out=x", "--license=a: b"], ["--license='a: b'", "cc-by"]),
+    (["--workdir=w", "--formt=linen", "--out=x"], ["formt"]),
+    (["--workdir=w", "--checkpoint=first"], ["--checkpoint=first"]),
+  ],
+)
+def test_bad_exports_have_one_line(command, arguments, needles):
+  code, _, err = command(export, *arguments)
+  assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
+  assert all(needle in err for needle in needles), err
+
+
+def test_the_commands(exported, command, tmp_path):
+  from dimo_jax import sample
+
+  workdir = exported[0]
+  code, out, err = command(
+    export, f"--workdir={workdir}", "--format=torch,linen", f"--out={tmp_path}/out", "--raw"
+  )
+  assert code == 0, err
+  assert out.splitlines() == [
+    f"torch, linen of {workdir}, step 20, in {tmp_path}/out",
+    "the teacher's licence is not known; --license records it in the card",
+  ]
+  made = {}
+  for name, arguments in {
+    "linen": [f"--artifact={tmp_path}/out"],
+    "torch": [f"--artifact={tmp_path}/out/torch"],
+    "other": [f"--artifact={tmp_path}/out", "--seed=1"],
+    "teacher": [f"--artifact={workdir}/teacher", "--steps=2"],
+  }.items():
+    png = tmp_path / f"{name}.png"
+    code, out, err = command(sample, *arguments, "--labels=3,1,4", "--num=12", f"--out={png}")
+    assert code == 0, err
+    role = "teacher, 2 steps" if name == "teacher" else "generator, "
+    assert re.match(rf"12 pictures in {png}; {role}.* images/s, after .* s of compilation", out)
+    made[name] = png.read_bytes()
+  assert made["linen"] == made["torch"] != made["other"]
+  for arguments, needle in (
+    ([], "--artifact is missing"),
+    (["--artifact=nowhere"], "'nowhere' does not exist"),
+    ([f"--artifact={workdir}", "--out=x.jpg"], "must end in .png"),
+    ([f"--artifact={workdir}", "--num=0"], "--num=0 must be 1 or more"),
+    ([f"--artifact={workdir}", "--labels=10"], "--labels='10' must lie in 0 .. 9"),
+    ([f"--artifact={workdir}", "--seed=-1"], "--seed=-1 must lie"),
+    ([f"--artifact={workdir}", "--steps=9"], "steps=9 is for teachers"),
+    ([f"--artifact={workdir}", "--field=a.b=1"], "a.b=1: no such field"),
+  ):
+    code, _, err = command(sample, *arguments)
+    assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
+    assert needle in err
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+  """What an upload asks of a hub; it keeps the files it is given."""
+
+  def do_POST(self):
+    text = self.rfile.read(int(self.headers["Content-Length"])).decode()
+    hub = self.server
+    hub.seen.append((self.path, self.headers.get("Authorization", "")))
+    if hub.refusing:
+      return self.answer(403, {"error": "not yours"})
+    if self.path.endswith("/preupload/main"):
+      names = [file["path"] for file in json.loads(text)["files"]]
+      files = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
+      return self.answer(200, {"files": files})
+    if self.path.endswith("/commit/main"):
+      for line in text.splitlines():
+        row = json.loads(line)
+        if row["key"] == "file":
+          hub.files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
+      return self.answer(200, {"commitUrl": f"{hub.address}/a/b/commit/0", "commitOid": "0" * 40})
+    return self.answer(200, {"url": f"{hub.address}/a/b", "id": "a/b", "name": "a/b"})
+
+  def do_HEAD(self):
+    self.do_GET()
+
+  def do_GET(self):
+    hub, path = self.server, self.path.partition("?")[0]
+    name = path.partition(f"/a/b/resolve/{COMMIT}/")[2]
+    if name in hub.files:
+      tag = hashlib.sha256(hub.files[name]).hexdigest()
+      return self.answer(200, hub.files[name], {"X-Repo-Commit": COMMIT, "ETag": f'"{tag}"'})
+    if path.startswith("/api/models/a/b/tree/"):
+      return self.answer(
+        200,
+        [
+          {"type": "file", "path": n, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+          for n, data in hub.files.items()
+        ],
+      )
+    if path.startswith("/api/models/a/b"):
+      rows = [{"rfilename": n} for n in hub.files]
+      return self.answer(200, {"id": "a/b", "sha": COMMIT, "siblings": rows})
+    return self.answer(404, {"error": "nothing"})
+
+  def answer(self, code, content, headers=None):
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    self.send_response(code)
+    for name, value in ({"Content-Length": str(len(data))} | (headers or {})).items():
+      self.send_header(name, value)
+    self.end_headers()
+    if self.command != "HEAD":
+      self.wfile.write(data)
+
+  def log_message(self, *arguments):
+    pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+  server.address = f"http://127.0.0.1:{server.server_port}"
+  server.seen, server.files, server.refusing = [], {}, False
+  thread = threading.Thread(target=server.serve_forever)
+  thread.start()
+  monkeypatch.setenv("HF_ENDPOINT", server.address)
+  monkeypatch.setenv("HF_TOKEN", "hf_secret")
+  monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+  yield server
+  server.shutdown()
+  thread.join()
+  server.server_close()
+
+
+def test_an_export_is_pushed(exported, command, hub, tmp_path):
+  arguments = [f"--workdir={exported[0]}", "--format=torch", "--push=a/b", "--license=mit"]
+  code, out, err = command(export, *arguments, f"--out={tmp_path}/out")
+  assert code == 0, err
+  assert out.splitlines()[-1].startswith("pushed to ")
+  assert hub.files == {str(k): v for k, v in contents(tmp_path / "out").items()}
+  assert all(token == "Bearer hf_secret" for path, token in hub.seen if "yaml" not in path)
+  command_line = [sys.executable, "-c", LOAD, str(tmp_path / "images.npy")]
+  environment = commands.environment(tmp_path) | {"HF_HUB_DISABLE_XET": "1"}
+  subprocess.run(command_line, check=True, env=environment)
+  wanted = dimo_jax.load(tmp_path / "out").sample(LABELS, 0)
+  assert np.abs(np.load(tmp_path / "images.npy").astype(int) - wanted).max() <= 1
+  hub.refusing = True
+  code, _, err = command(export, *arguments, f"--out={tmp_path}/again")
+  assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
+  assert err.startswith("error: --push='a/b': ") and (tmp_path / "again" / "README.md").exists()
+
+
+def test_torch_reads_the_weights_and_gives_the_same_logits(tmp_path):
+  torch = pytest.importorskip("torch")
+  from safetensors.torch import load_file as load_torch
+
+  from tests.torch_maskgit import MaskTransformer
+
+  runs.make(tmp_path / "run")
+  run = artifacts.read_run(tmp_path / "run")
+  export.export(run, ["torch"], tmp_path / "out")
+  settings = json.loads((tmp_path / "out" / "torch" / "sampling.json").read_text())
+  network = MaskTransformer(**settings["network"])
+  state = load_torch(tmp_path / "out" / "torch" / "ema_model" / "model.safetensors")
+  network.load_state_dict(state, strict=True)
+  rng = np.random.default_rng(0)
+  tokens, labels = rng.integers(0, 33, (5, 16)), LABELS
+  with torch.no_grad():
+    got = network.eval()(torch.from_numpy(tokens), torch.from_numpy(labels)).numpy()
+  teacher = run.recipe.models("run").teacher
+  wanted = teacher.apply(run.weights["network"], tokens, {"class_id": LABELS})
+  np.testing.assert_allclose(got, wanted, atol=1e-5)
