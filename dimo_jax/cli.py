@@ -3,10 +3,10 @@
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from dimo_jax.allocator import keep_freed_memory
 from dimo_jax.preemption import RESUME_EXIT_CODE, STOP, Preempted
@@ -18,13 +18,18 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.
 
 
 def run(dispatch: Callable[[], None]) -> None:
-  """Parses the flags and runs a command; every way to fail has its line and its exit code."""
+  """Parses the flags and runs a command; see `guarded`."""
+  guarded(lambda: app.run(lambda argv: _checked(argv, dispatch), flags_parser=_parse_flags))
+
+
+def guarded(command: Callable[[], None]) -> None:
+  """Runs a command; every way to fail has its line and its exit code."""
   STOP.install()  # before the long imports: an early Ctrl-C would break into them
   keep_freed_memory()
   from dimo_jax.health import RunStopped, disk_is_full
 
   try:
-    app.run(lambda argv: _checked(argv, dispatch), flags_parser=_parse_flags)
+    command()
   except (UserError, RunStopped) as error:
     sys.exit(_fail(error, BAD_INPUT if isinstance(error, UserError) else STOPPED))
   except Preempted as error:
@@ -38,11 +43,26 @@ def run(dispatch: Callable[[], None]) -> None:
 
 
 def _checked(argv: list[str], dispatch: Callable[[], None]) -> None:
+  _check(argv)
+  dispatch()
+
+
+def _check(argv: list[str]) -> None:
   if len(argv) > 1:
     raise UserError(f"{argv[1]!r} is not a flag; flags begin with --")
   if CONFIG.value is None:
     raise UserError("--config is missing; name a config, such as --config=configs/digits.py")
-  dispatch()
+
+
+def parse_config(arguments: Sequence[str]) -> ConfigDict:
+  """The config of `--config` and `--config.a.b=1` arguments, for a command that has other flags.
+
+  Raises:
+    UserError: no config, no such file or field, or any other argument.
+  """
+  rest = _parse_flags(["", *arguments])
+  _check(rest)
+  return CONFIG.value
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -1,17 +1,31 @@
-"""Evaluation of a workdir: teacher over several step counts, student, real data; the report."""
+"""Evaluation of a workdir's own protocol, and the command line of published ones.
 
+python -m dimo_jax.evaluate JOB --help
+"""
+
+import argparse
 import dataclasses
 import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from dimo_jax import prepare, train
+from dimo_jax import build, cli, prepare, train
 from dimo_jax.build import Experiment
+from dimo_jax.data.sources import load_source
+from dimo_jax.evaluation import jobs
+from dimo_jax.evaluation.image_sets import SourceImages, open_images
+from dimo_jax.evaluation.inception import Inception
 from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.evaluation.published import PUBLISHED
+from dimo_jax.evaluation.references import read_reference
 from dimo_jax.evaluation.report import console_table, versions, write_report
 from dimo_jax.hooks import evaluate_sampler, sampling_network
 from dimo_jax.samplers import Sampler
+from dimo_jax.sharding import make_mesh
 from dimo_jax.state import DistillState, NetworkState
+from dimo_jax.types import UserError, choose
 from dimo_jax.writers import read_metrics, say, write_atomically
 
 
@@ -112,3 +126,152 @@ def _report(
   )
   say(console_table(rows))
   say(f"results: {workdir / 'results.json'}\nreport: {path}")
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(prog="python -m dimo_jax.evaluate", allow_abbrev=False)
+  kinds = parser.add_subparsers(dest="job", required=True, metavar="JOB")
+
+  def job(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
+    sub = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+    sub.set_defaults(run=run)
+    return sub
+
+  def judged(sub: argparse.ArgumentParser, *, statistics: bool = True) -> None:
+    sub.add_argument("--protocol", required=True, help=", ".join(PUBLISHED))
+    sub.add_argument("--inception", required=True, help="weights, .pth or safetensors")
+    sub.add_argument("--out", required=True, type=Path, help="file that the result goes to")
+    sub.add_argument("--batch_size", type=int, default=0, help="default: 32 for each device")
+    if statistics:
+      sub.add_argument("--statistics", required=True, help=".npz file to compare with")
+      sub.add_argument("--num_images", type=int, default=0, help="another number; result says so")
+
+  sub = job("images", _images, "Evaluates a folder of images, or an .npz of them.")
+  sub.add_argument("images", help="folder or .npz file")
+  judged(sub)
+  sub = job("stats", _stats, "Makes a statistics file of real images.")
+  sub.add_argument("--source", required=True, help="folder, npz or tfds")
+  sub.add_argument("--path", default="", help="folder, .npz file, or tfds' data_dir")
+  sub.add_argument("--tfds_name", default="", help="tfds: the data set")
+  sub.add_argument("--split", default="train", help="tfds: train or test")
+  sub.add_argument("--crop", action="store_true", help="scale and crop to the protocol's size")
+  judged(sub, statistics=False)
+  sub = job("workdir", _workdir, "Evaluates a trained workdir; takes --config as training does.")
+  sub.add_argument("--workdir", required=True, type=Path)
+  sub.add_argument("--model", default="student", choices=("student", "teacher"))
+  sub.add_argument("--steps", default="", help="of the teacher, as in 4,8,16")
+  sub.add_argument("--checkpoint", default="last", choices=("last", "best"))
+  judged(sub)
+  return parser
+
+
+def _judge(arguments: argparse.Namespace) -> jobs.Judge:
+  protocol = choose(PUBLISHED, arguments.protocol, "protocol")
+  if arguments.num_images:
+    protocol = protocol.with_images(arguments.num_images)
+  reference = read_reference(arguments.statistics)
+  inception, mesh, batch_size = _network(arguments)
+  return jobs.Judge(protocol, reference, inception, mesh, batch_size)
+
+
+def _network(arguments: argparse.Namespace) -> tuple[Inception, Any, int]:
+  mesh = make_mesh()
+  return Inception.load(arguments.inception), mesh, arguments.batch_size or 32 * mesh.size
+
+
+def _images(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+  _no_more(rest)
+  choose(PUBLISHED, arguments.protocol, "protocol")
+  images = open_images(arguments.images)
+  jobs.evaluate_images(_judge(arguments), images, arguments.out)
+
+
+def _stats(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+  _no_more(rest)
+  protocol = choose(PUBLISHED, arguments.protocol, "protocol")
+  choose(dict.fromkeys(("folder", "npz", "tfds")), arguments.source, "source")
+  size = protocol.image_size if arguments.crop else 0
+  if arguments.source == "tfds":
+    source = load_source(
+      "tfds", arguments.split, arguments.path, image_size=size, tfds_name=arguments.tfds_name
+    )
+    images: Any = SourceImages(source, f"{arguments.tfds_name} {arguments.split}")
+  else:
+    is_folder = Path(arguments.path).is_dir()
+    if is_folder != (arguments.source == "folder"):
+      raise UserError(f"path={arguments.path!r} is no {arguments.source}")
+    images = open_images(arguments.path, size)
+  inception, mesh, batch_size = _network(arguments)
+  jobs.make_statistics(images, protocol, inception, mesh, arguments.out, batch_size=batch_size)
+
+
+def _workdir(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+  experiment = build.build(cli.parse_config(rest))
+  judge = _judge(arguments)
+  best = arguments.checkpoint == "best"
+  teacher, state = train.restore(experiment, arguments.workdir, best=best)
+  source = {"model": arguments.model, "workdir": str(arguments.workdir)}
+  source |= {"training_seed": experiment.config.seed}
+  if arguments.model == "student":
+    source |= {"checkpoint": arguments.checkpoint, "step": int(state.generator.step)}
+  for generator in _generators(experiment, arguments, teacher, state):
+    jobs.evaluate_generator(judge, generator, arguments.out, source)
+
+
+def _generators(
+  experiment: Experiment,
+  arguments: argparse.Namespace,
+  teacher: NetworkState,
+  state: DistillState,
+) -> Iterator[jobs.NetworkGenerator]:
+  """The student, or the teacher at each number of steps."""
+  if arguments.model == "student":
+    samplers: list[Sampler] = [experiment.student_sampler.at(int(state.clock))]
+    network = sampling_network(experiment, state.ema_params, teacher.autoencoder)
+  else:
+    steps = _numbers(arguments.steps) or experiment.config.evaluation.teacher_steps
+    samplers = [dataclasses.replace(experiment.decoding, num_steps=n) for n in steps]
+    network = teacher
+  for sampler in samplers:
+    yield jobs.NetworkGenerator(
+      name=f"{arguments.model}, {sampler.name}, {sampler.num_steps} steps",
+      sampler=sampler,
+      tokenizer=experiment.tokenizer,
+      network=network,
+      num_classes=experiment.config.data.num_classes,
+      mesh=experiment.mesh,
+    )
+
+
+def _numbers(text: str) -> list[int]:
+  try:
+    numbers = [int(part) for part in text.split(",")] if text else []
+  except ValueError as error:
+    raise UserError(f"steps={text!r} must be numbers such as 4,8,16") from error
+  if any(number < 1 for number in numbers):
+    raise UserError(f"steps={text!r} must be positive")
+  return numbers
+
+
+def _no_more(rest: Sequence[str]) -> None:
+  if rest:
+    raise UserError(f"{rest[0]!r} is unknown; see --help")
+
+
+def main() -> None:
+  """Runs the command line."""
+
+  def command() -> None:
+    arguments, rest = _parser().parse_known_args(sys.argv[1:])
+    arguments.run(arguments, rest)
+
+  cli.guarded(command)
+
+
+if __name__ == "__main__":
+  main()

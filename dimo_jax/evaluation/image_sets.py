@@ -11,22 +11,24 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from dimo_jax.data.folders import EXTENSIONS
 from dimo_jax.data.images import decode_image
+from dimo_jax.data.sources import Source
 from dimo_jax.evaluation.references import read_arrays
 from dimo_jax.types import Int, UInt8, UserError
 
-__all__ = ["ArrayImages", "FolderImages", "ImageSet", "open_images"]
+__all__ = ["ArrayImages", "FolderImages", "ImageSet", "SourceImages", "open_images"]
 
 NUM_THREADS = 8
 _IMAGE_KEYS, _LABEL_KEYS = ("arr_0", "images"), ("arr_1", "labels")
 
 
+@runtime_checkable
 class ImageSet(Protocol):
   """Finished images.
 
@@ -56,15 +58,18 @@ class ImageSet(Protocol):
     ...
 
 
-def open_images(path: str | os.PathLike) -> ImageSet:
+def open_images(path: str | os.PathLike, image_size: int = 0) -> ImageSet:
   """A folder of image files (in it, or in a folder for each class), or an `.npz` of images.
+
+  Args:
+    image_size: of a folder's images: scaled and cropped to it as ADM does; 0: all have one size.
 
   Raises:
     UserError: neither, no images, sizes that differ, a damaged file, pixels that are not finite.
   """
   path = Path(path)
   if path.is_dir():
-    return _open_folder(path)
+    return _open_folder(path, image_size)
   return _open_arrays(path)
 
 
@@ -76,6 +81,7 @@ class FolderImages:
   files: Sequence[Path]
   image_shape: tuple[int, int, int]
   labels: Int[np.ndarray, " n"] | None
+  image_size: int
 
   @property
   def name(self) -> str:
@@ -89,21 +95,21 @@ class FolderImages:
     """Decodes a run of files, several at a time."""
 
     def decode(file: Path) -> np.ndarray:
-      return decode_image(str(file), str(file), image_size=0)
+      return decode_image(str(file), str(file), image_size=self.image_size)
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
       return np.stack(list(pool.map(decode, self.files[start:stop])))
 
   def fingerprint(self) -> str:
     """Over the names, sizes and times of the files."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{self.image_size}\n".encode())
     for file in self.files:
       entry = file.stat()
       digest.update(f"{file} {entry.st_size} {entry.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
-def _open_folder(path: Path) -> FolderImages:
+def _open_folder(path: Path, image_size: int) -> FolderImages:
   files = sorted(
     file
     for file in path.rglob("*")
@@ -114,18 +120,18 @@ def _open_folder(path: Path) -> FolderImages:
   with ThreadPoolExecutor(NUM_THREADS) as pool:
     sizes = list(pool.map(_verified_size, files))
   for file, size in zip(files, sizes, strict=True):
-    if size != sizes[0]:
+    if size != sizes[0] and not image_size:
       raise UserError(
         f"{file} is {size[0]}x{size[1]} pixels, {files[0].name} {sizes[0][0]}x{sizes[0][1]}: all"
         " must have one size"
       )
-  width, height = sizes[0]
+  width, height = (image_size, image_size) if image_size else sizes[0]
   labels = None
   folders = [file.parent for file in files]
   if path not in folders and len(set(folders)) > 1:
     classes = sorted(set(folders))
     labels = np.array([classes.index(folder) for folder in folders], np.int32)
-  return FolderImages(path, files, (height, width, 3), labels)
+  return FolderImages(path, files, (height, width, 3), labels, image_size)
 
 
 def _verified_size(file: Path) -> tuple[int, int]:
@@ -216,11 +222,51 @@ def _mapped(path: Path, key: str) -> np.ndarray | None:
     lengths = np.frombuffer(stream.read(4), "<u2")
     stream.seek(int(lengths.sum()), os.SEEK_CUR)
     version = np.lib.format.read_magic(stream)
-    read_header = {
-      (1, 0): np.lib.format.read_array_header_1_0,
-      (2, 0): np.lib.format.read_array_header_2_0,
-    }[version]
-    shape, fortran, dtype = read_header(stream)
+    if version != (1, 0):  # longer headers are for structured types
+      return None
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     if fortran or dtype.hasobject:
       return None
     return np.memmap(path, dtype, "r", offset=stream.tell(), shape=shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SourceImages:
+  """A split of a data set of `dimo_jax.data`, as levels.
+
+  Attributes:
+    source: with 256 levels and three channels.
+    name: what a result calls it.
+  """
+
+  source: Source
+  name: str
+
+  def __post_init__(self):
+    if self.source.num_levels != 256 or self.source.image_shape[-1] != 3:
+      raise UserError(
+        f"{self.name} has images {self.source.image_shape} of {self.source.num_levels} levels; must"
+        " be RGB of 256 levels"
+      )
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(height, width, 3)."""
+    return self.source.image_shape
+
+  @property
+  def labels(self) -> Int[np.ndarray, " n"] | None:
+    """The classes."""
+    return np.asarray(self.source.labels)
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def read(self, start: int, stop: int) -> UInt8[np.ndarray, "b h w 3"]:
+    """A run of images."""
+    images = np.stack([self.source[i]["image"] for i in range(start, stop)])
+    return np.round((images + 1) * 127.5).astype(np.uint8)
+
+  def fingerprint(self) -> str:
+    """Over the name and the classes."""
+    return hashlib.sha256(self.name.encode() + np.asarray(self.labels).tobytes()).hexdigest()

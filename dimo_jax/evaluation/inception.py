@@ -10,8 +10,9 @@ Source: arXiv:1512.00567 (the network), arXiv:1706.08500 (its use).
 import dataclasses
 import functools
 import hashlib
-import re
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from dimo_jax.convert import files
 from dimo_jax.types import Array, Float, Params, UserError
 
 __all__ = ["TAPS", "Inception", "InceptionV3", "from_published"]
@@ -314,10 +316,25 @@ class Inception:
   published: bool
 
   @classmethod
+  def load(cls, path: str | os.PathLike) -> "Inception":
+    """From a `.pth` or safetensors file with the published names; nothing in it is executed.
+
+    Raises:
+      UserError: no such file, a damaged one, or another network's.
+    """
+    tensors = files.read(Path(path)).tensors
+    with open(path, "rb") as stream:
+      file_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+      return cls.from_state_dict(tensors, file_sha256)
+    except UserError as error:
+      raise UserError(f"inception={str(path)!r}: {error}") from error
+
+  @classmethod
   def from_state_dict(
     cls, state_dict: Mapping[str, np.ndarray], file_sha256: str = ""
   ) -> "Inception":
     """From arrays with the published names; see `from_published`."""
     params = from_published(state_dict)
-    published = bool(re.match(PUBLISHED_SHA256, file_sha256))
+    published = file_sha256.startswith(PUBLISHED_SHA256)
     return cls(params, _digest(params), published)

@@ -69,14 +69,12 @@ def read_arrays(path: str | os.PathLike, what: str) -> np.lib.npyio.NpzFile:
   Raises:
     UserError: no such file, or no `.npz`.
   """
-  try:
-    file = np.load(path, allow_pickle=False)
-  except FileNotFoundError as error:
-    raise UserError(f"{what}={str(path)!r} does not exist") from error
-  except (OSError, ValueError, zipfile.BadZipFile) as error:
-    raise UserError(f"{what}={str(path)!r} is not a readable .npz file") from error
-  if not isinstance(file, np.lib.npyio.NpzFile):
-    raise UserError(f"{what}={str(path)!r} is one array; an .npz file is needed")
+  if not os.path.exists(path):
+    raise UserError(f"{what}={str(path)!r} does not exist")
+  if not zipfile.is_zipfile(path):
+    raise UserError(f"{what}={str(path)!r} is not a readable .npz file")
+  file = np.load(path, allow_pickle=False)
+  assert isinstance(file, np.lib.npyio.NpzFile)
   return file
 
 

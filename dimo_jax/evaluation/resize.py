@@ -85,7 +85,9 @@ def _matrix(name: str, size: int, out: int) -> Matrix:
   return function(size, out).astype(np.float32)
 
 
-def resize(images: Float[Array, "b h w c"], name: str, side: int) -> Float[Array, "b side2 side2 c"]:
+def resize(
+  images: Float[Array, "b h w c"], name: str, side: int
+) -> Float[Array, "b side2 side2 c"]:
   """Images of levels 0..255 with `side` pixels a side, by one of `RESIZES`; float32.
 
   Raises:

@@ -50,9 +50,7 @@ def test_clean_bicubic_is_pillows(side):
     [
       np.stack(
         [
-          np.asarray(
-            Image.fromarray(image[:, :, c]).resize((side, side), Image.Resampling.BICUBIC)
-          )
+          np.asarray(Image.fromarray(image[:, :, c]).resize((side, side), Image.Resampling.BICUBIC))
           for c in range(3)
         ],
         axis=-1,

@@ -23,7 +23,10 @@ def running(features, batch_size):
 
 
 def test_same_as_two_passes(features):
-  result, expected = running(features, 64).result(), metrics.FeatureStatistics.from_features(features)
+  result, expected = (
+    running(features, 64).result(),
+    metrics.FeatureStatistics.from_features(features),
+  )
   np.testing.assert_allclose(result.mean, expected.mean, rtol=1e-12)
   scale = np.abs(expected.covariance).max()
   np.testing.assert_allclose(result.covariance, expected.covariance, atol=1e-12 * scale)
