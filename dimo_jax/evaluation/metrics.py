@@ -15,11 +15,13 @@ from dimo_jax.types import Float, Int, UserError, choose
 
 __all__ = [
   "FeatureStatistics",
+  "Interval",
   "KernelDistance",
   "PrecisionRecall",
   "authenticity",
   "class_agreement",
   "frechet_distance",
+  "frechet_interval",
   "kernel_distance",
   "nearest_distances",
   "num_distinct",
@@ -87,6 +89,52 @@ def _square_root(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d
   """The symmetric square root; eigenvalues that rounding made negative count as 0."""
   values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
   return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+class Interval(NamedTuple):
+  """Ends of a confidence interval."""
+
+  low: float
+  high: float
+
+
+def frechet_interval(
+  reference: FeatureStatistics,
+  generated: FeatureStatistics,
+  features: Float[np.ndarray, "n d"],
+  *,
+  confidence: float = 0.95,
+  num_resamples: int = 1000,
+) -> Interval | None:
+  """Bootstrap interval of the distance over the draw of the generated images, the reference fixed.
+
+  The distance is linearised at `generated`: each image moves it by its influence, and resamples
+  of images become means of influences. It says how far another draw of equally many images would
+  fall; not how far the distance lies above that of infinitely many.
+
+  Args:
+    features: of all images behind `generated`, or of a random part of them.
+
+  Returns:
+    None where the covariance of the generated images is singular for want of images.
+  """
+  num, dim = len(features), generated.mean.size
+  if generated.num <= dim or num < 2:
+    return None
+  root = _square_root(reference.covariance)
+  values, vectors = np.linalg.eigh(root @ generated.covariance @ root)
+  positive = values > values[-1] * 1e-12
+  scaled = root @ vectors[:, positive] * values[positive] ** -0.25
+  centred = np.asarray(features, np.float64) - generated.mean
+  influences = 2 * centred @ (generated.mean - reference.mean)
+  influences += (centred**2).sum(axis=1) - ((centred @ scaled) ** 2).sum(axis=1)
+  random = np.random.default_rng(0)
+  means = [influences[random.integers(0, num, num)].mean() for _ in range(num_resamples)]
+  deviations = (np.array(means) - influences.mean()) * np.sqrt(num / generated.num)
+  distance = frechet_distance(reference, generated)
+  tail = (1 - confidence) / 2
+  low, high = np.quantile(deviations, (tail, 1 - tail))
+  return Interval(max(float(distance + low), 0.0), float(distance + high))
 
 
 class PrecisionRecall(NamedTuple):

@@ -33,13 +33,18 @@ def score(
     reference_features: rows of 2048 features of real images.
 
   Returns:
-    fid; sfid; inception_score and its standard deviation over the splits; kid (mean over random
-    subsets of the squared kernel distance) and its deviation; precision, recall, density,
+    fid; fid_low and fid_high (its 95 % interval over the draw of the images); sfid;
+    inception_score and its standard deviation over the splits; kid (mean over random subsets of
+    the squared kernel distance) and its deviation; precision, recall, density,
     coverage; authenticity (of the kept images against the reference's).
   """
   mean, std = sums.score.result()
+  pool = sums.pool.result()
+  interval = metrics.frechet_interval(reference.pool, pool, sums.features)
   row: dict[str, float | None] = {
-    "fid": metrics.frechet_distance(reference.pool, sums.pool.result()),
+    "fid": metrics.frechet_distance(reference.pool, pool),
+    "fid_low": interval.low if interval else None,
+    "fid_high": interval.high if interval else None,
     "sfid": None,
     "inception_score": mean,
     "inception_score_std": std,

@@ -169,3 +169,23 @@ def test_authenticity_of_copies_and_of_new_images():
   assert metrics.authenticity(line, np.array([[0.5], [5.0], [8.9], [9.1]])) == 0.25
   with pytest.raises(types.UserError, match="at least 2"):
     metrics.authenticity(line[:1], line)
+
+
+def test_the_interval_is_that_of_resampling_the_images():
+  rng = np.random.default_rng(0)
+  reference = metrics.FeatureStatistics.from_features(rng.normal(size=(5000, 3)))
+  features = rng.normal(size=(1500, 3)) * [1.0, 1.5, 0.5] + [0.3, 0, 0]
+  generated = metrics.FeatureStatistics.from_features(features)
+  distances = []
+  for _ in range(400):
+    again = features[rng.integers(0, 1500, 1500)]
+    again = metrics.FeatureStatistics.from_features(again)
+    distances.append(metrics.frechet_distance(reference, again))
+  width = np.quantile(distances, 0.975) - np.quantile(distances, 0.025)
+  interval = metrics.frechet_interval(reference, generated, features)
+  assert interval.high - interval.low == pytest.approx(width, rel=0.15)
+  assert interval.low < metrics.frechet_distance(reference, generated) < interval.high
+  part = metrics.frechet_interval(reference, generated, features[:500])
+  assert part.high - part.low == pytest.approx(width, rel=0.2)
+  few = metrics.FeatureStatistics.from_features(features[:3])
+  assert metrics.frechet_interval(reference, few, features[:3]) is None
