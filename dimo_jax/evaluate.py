@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from dimo_jax import build, cli, prepare, train
 from dimo_jax.build import Experiment
 from dimo_jax.data.sources import load_source
-from dimo_jax.evaluation import jobs
+from dimo_jax.evaluation import compare, jobs
 from dimo_jax.evaluation.image_sets import SourceImages, open_images
 from dimo_jax.evaluation.inception import Inception
 from dimo_jax.evaluation.protocols import Reference
@@ -74,6 +74,7 @@ def evaluate(
     rows.append({"model": model, "sampler": sampler.name, "steps": steps, **row})
     say(f"evaluation: {model} {sampler.name} {steps} steps: {row['frechet_distance']:.4f}")
   for row in rows:
+    row["protocol"] = reference.protocol.name
     row["seed"] = config.seed
     row["sampling_seed"] = config.evaluation.seed
     row["classifier_accuracy"] = reference.classifier.test_accuracy
@@ -167,6 +168,9 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--steps", default="", help="of the teacher, as in 4,8,16")
   sub.add_argument("--checkpoint", default="last", choices=("last", "best"))
   judged(sub)
+  sub = job("compare", _compare, "Writes one page that compares results.")
+  sub.add_argument("results", nargs="+", help="workdirs with results.json, or files of results")
+  sub.add_argument("--out", default="compare.html", type=Path)
   return parser
 
 
@@ -221,6 +225,12 @@ def _workdir(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     source |= {"checkpoint": arguments.checkpoint, "step": int(state.generator.step)}
   for generator in _generators(experiment, arguments, teacher, state):
     jobs.evaluate_generator(judge, generator, arguments.out, source)
+
+
+def _compare(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
+  _no_more(rest)
+  compare.write_comparison(arguments.out, [compare.load_results(p) for p in arguments.results])
+  say(f"comparison: {arguments.out}")
 
 
 def _generators(

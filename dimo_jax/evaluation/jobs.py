@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dimo_jax.evaluation import scoring
+from dimo_jax.evaluation import pictures, scoring
 from dimo_jax.evaluation.extraction import (
   SPATIAL_TAPS,
   USED_TAPS,
@@ -49,6 +49,8 @@ __all__ = [
   "evaluate_images",
   "make_statistics",
 ]
+
+_NUM_PICTURES, _PICTURE_COLUMNS = 40, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,11 +145,19 @@ def evaluate_images(judge: Judge, images: ImageSet, out: Path) -> dict[str, Any]
   source = {"images": images.name, "images_fingerprint": images.fingerprint()}
   batches = image_batches(images, protocol.num_images, judge.batch_size)
   row, state_path = judge.judge(batches, images.name, out, source)
-  _finish(out, row, state_path)
+  shown = images.read(0, min(_NUM_PICTURES, protocol.num_images))
+  _finish(out, row, state_path, shown)
   return row
 
 
-def _finish(out: Path, row: Mapping[str, Any], state_path: Path) -> None:
+def _finish(
+  out: Path, row: dict[str, Any], state_path: Path, shown: UInt8[np.ndarray, "b h w 3"]
+) -> None:
+  """Saves the first pictures beside the results, then the row."""
+  file = Path(f"{state_path.name.removesuffix('.partial.npz')}.png")
+  grid = pictures.grid(shown.astype(np.float32) / 127.5 - 1, _PICTURE_COLUMNS)
+  pictures.save_png(out.with_name(file.name), grid)
+  row["pictures"] = file.name
   scoring.append_row(out, row)
   state_path.unlink(missing_ok=True)
   say(json.dumps(dict(row)))
@@ -283,7 +293,11 @@ def evaluate_generator(
   batches = _GeneratedBatches(judge.protocol, generator, judge.batch_size)
   row, state_path = judge.judge(batches, generator.name, out, full)
   row["images_per_second"] = batches.images_per_second
-  _finish(out, row, state_path)
+  num = min(judge.batch_size, judge.protocol.num_images)
+  labels = np.resize(judge.protocol.labels()[:num], judge.batch_size)
+  first = generator.batch(labels, judge.protocol.seed, 0)
+  shown, _ = _levels(first, judge.protocol)
+  _finish(out, row, state_path, np.asarray(shown)[: min(num, _NUM_PICTURES)])
   return row
 
 
