@@ -164,7 +164,7 @@ def test_a_killed_job_goes_on(tmp_path, statistics, monkeypatch, after):
     image_sets.ArrayImages, "read", lambda self, *at: read.append(at) or original(self, *at)
   )
   row = jobs.evaluate_images(judge(statistics, batch_size=16), images, out)
-  assert row == expected
+  assert row | {"pictures": ""} == expected | {"pictures": ""}
   first = [start for start, _ in read if start > 0] if after > 1 else [start for start, _ in read]
   assert min(first) == 16 * (done - 1)  # the batch under way is the only one computed again
   assert not list(tmp_path.glob("*.partial.npz"))
