@@ -44,9 +44,20 @@ def get_config() -> ConfigDict:
 
   config.tokenizer = tokenizer = ConfigDict()
   tokenizer.name = "none"  # a key of TOKENIZERS; "none" trains on tokens without pictures
+  # "vqgan": its weights, a last.ckpt or .safetensors with the published key names, a folder with
+  # last.ckpt, either in gs://... or hf://owner/repo/file, or "random". A model.yaml beside it must
+  # agree.
+  tokenizer.path = ""
   tokenizer.patch_size = 16  # pixels along a token's side
   tokenizer.grid_size = 16  # tokens along the image's side
   tokenizer.codebook_size = 1024  # codes; the mask token is one more
+  # "vqgan": its sizes; the defaults are those of taming-transformers' ImageNet model (f = 16).
+  tokenizer.channels = 128  # at full resolution
+  tokenizer.channel_mult = (1, 1, 2, 2, 4)  # times this at each resolution
+  tokenizer.num_res_blocks = 2  # residual blocks at each of them; one more in the decoder
+  tokenizer.attn_resolutions = (16,)  # where there is attention, besides the middle
+  tokenizer.z_channels = 256  # between encoder or decoder and the codes
+  tokenizer.code_dim = 256  # length of a code
 
   config.model = model = ConfigDict()  # generator, fake score and teacher alike
   model.hidden_dim = 768  # width

@@ -29,14 +29,29 @@ NUM_SEEDS = 2**32  # what every generator of random numbers takes
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
+class Models:
+  """Networks, losses and samplers that a config describes, without its data.
+
+  Attributes:
+    pretraining: the teacher's loss.
+    student_sampler: how the student is sampled at test time.
+    decoding: the teacher's sampler.
+  """
+
+  tokenizer: Tokenizer
+  teacher: Teacher
+  pretraining: MaskedDenoising | GaussianDenoising
+  objective: Objective
+  student_sampler: Sampler
+  decoding: MaskGit | Heun
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Models):
   """Everything a config describes, built and checked; nothing is computed yet.
 
   Attributes:
     train_source, test_source: None where the data set is classes only.
-    pretraining: the teacher's loss.
-    student_sampler: how the student is sampled at test time.
-    decoding: the teacher's sampler.
     protocol: how numbers are made; None where evaluation is off.
     pairs: of noise and the teacher's image, for a regression.
   """
@@ -45,15 +60,9 @@ class Experiment:
   mesh: Mesh
   train_source: Source | None
   test_source: Source | None
-  tokenizer: Tokenizer
-  teacher: Teacher
-  pretraining: MaskedDenoising | GaussianDenoising
   pretrain_optimizer: OptimizerSpec
-  objective: Objective
   generator_optimizer: OptimizerSpec
   fake_score_optimizer: OptimizerSpec
-  student_sampler: Sampler
-  decoding: MaskGit | Heun
   protocol: Protocol | None
   pairs: PairSource | None
 
@@ -100,10 +109,8 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
         f"data.num_classes={config.data.num_classes} must be {train_source.num_classes}, as in"
         f" data.name={config.data.name!r}"
       )
-  tokenizer = build_tokenizer(config, train_source.image_shape if train_source else None)
-  teacher = build_teacher(config, tokenizer)
-
-  pretraining, decoding, objective_fields = _family(config, tokenizer, teacher)
+  models = build_models(config, train_source.image_shape if train_source else None)
+  tokenizer, teacher, objective = models.tokenizer, models.teacher, models.objective
   pretrain_optimizer = OptimizerSpec(**config.teacher.pretrain.optim)
   pretrain_steps = config.teacher.pretrain.num_steps
   if not config.teacher.path:
@@ -119,13 +126,6 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     check_batch(config.teacher.pretrain.batch_size, mesh, "teacher.pretrain.batch_size")
     pretrain_optimizer.check(pretrain_steps, "teacher.pretrain.optim")
 
-  objective_type = choose(OBJECTIVES, config.objective, "objective")
-  if objective_type.teacher_kind != teacher.kind:
-    raise UserError(
-      f"objective={config.objective!r} is for {objective_type.teacher_kind} teachers;"
-      f" teacher.name={config.teacher.name!r} is {teacher.kind}"
-    )
-  objective = objective_type(**objective_fields, **config[config.objective])
   if objective.uses_pairs != bool(config.data.pairs):
     raise UserError(
       f"data.pairs={config.data.pairs!r} goes with dmd2.regression_weight: set both or neither"
@@ -163,22 +163,40 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       )
     check_batch(config.evaluation.batch_size, mesh, "evaluation.batch_size")
   return Experiment(
+    **vars(models),
     config=config,
     mesh=mesh,
     train_source=train_source,
     test_source=test_source,
-    tokenizer=tokenizer,
-    teacher=teacher,
-    pretraining=pretraining,
     pretrain_optimizer=pretrain_optimizer,
-    objective=objective,
     generator_optimizer=optimizers["generator"],
     fake_score_optimizer=optimizers["fake_score"],
-    student_sampler=objective.sampler(config.sampling.to_dict()),
-    decoding=decoding,
     protocol=protocol,
     pairs=pairs,
   )
+
+
+def build_models(
+  config: ml_collections.ConfigDict, image_shape: tuple[int, int, int] | None
+) -> Models:
+  """Builds what a config says of networks and samplers, for images of this shape (None: tokens
+  only).
+
+  Raises:
+    UserError: a value that cannot work, named with what would be right.
+  """
+  tokenizer = build_tokenizer(config, image_shape)
+  teacher = build_teacher(config, tokenizer)
+  pretraining, decoding, objective_fields = _family(config, tokenizer, teacher)
+  objective_type = choose(OBJECTIVES, config.objective, "objective")
+  if objective_type.teacher_kind != teacher.kind:
+    raise UserError(
+      f"objective={config.objective!r} is for {objective_type.teacher_kind} teachers;"
+      f" teacher.name={config.teacher.name!r} is {teacher.kind}"
+    )
+  objective = objective_type(**objective_fields, **config[config.objective])
+  student_sampler = objective.sampler(config.sampling.to_dict())
+  return Models(tokenizer, teacher, pretraining, objective, student_sampler, decoding)
 
 
 def _family(
@@ -202,7 +220,8 @@ def _family(
   gaussian = pick(GaussianDenoising, config.teacher.pretrain)
   denoising = GaussianDenoising(**fields, **gaussian)
   heun = Heun(image_shape=teacher.image_shape, **config.teacher.sampling)
-  return denoising, heun, fields | {"num_classes": config.data.num_classes}
+  # An unconditional network takes the label 0, which is its null.
+  return denoising, heun, fields | {"num_classes": max(1, config.data.num_classes)}
 
 
 def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
-from jaxtyping import UInt32
 from orbax.checkpoint import checkpoint_managers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dimo_jax.sharding import Rules, state_sharding
-from dimo_jax.types import Array, Params, UserError
+from dimo_jax.types import Array, Params, UInt32, UserError
 from dimo_jax.writers import say, write_atomically
 
 _MAX_LISTED = 8  # changed fields named in one line
@@ -89,11 +88,20 @@ class Checkpoints:
       custom_metadata={"checksums": checksums(tree)},
     )
 
-  def restore(self, state: Any, mesh: Any, rules: Rules, step: int | None = None) -> Any | None:
+  def restore(
+    self,
+    state: Any,
+    mesh: Any,
+    rules: Rules,
+    step: int | None = None,
+    *,
+    partial: bool = False,
+  ) -> Any | None:
     """(state, step) from the newest readable checkpoint (or a given one); None if there is none.
 
     `state` gives structure, shapes and types; arrays arrive sharded over `mesh`, whatever mesh
-    they were saved from.
+    they were saved from. With `partial` it may be a part of what was saved, as a nested dict, and
+    nothing else is read.
 
     Raises:
       UserError: the asked-for step does not exist, or none of the checkpoints can be read.
@@ -111,7 +119,10 @@ class Checkpoints:
     )
     for candidate in steps:
       try:
-        tree = self._manager.restore(candidate, args=ocp.args.StandardRestore(abstract))
+        if partial:
+          tree = self._restore_part(candidate, abstract)
+        else:
+          tree = self._manager.restore(candidate, args=ocp.args.StandardRestore(abstract))
         self._verify(candidate, tree)
         return serialization.from_state_dict(state, tree), candidate
       except Exception as error:  # whatever a damaged file makes of itself
@@ -126,6 +137,15 @@ class Checkpoints:
         f" {self._directory.parent} away"
       )
     return None
+
+  def _restore_part(self, step: int, abstract: Any) -> Any:
+    arguments = ocp.args.PyTreeRestore(
+      abstract,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+      partial_restore=True,
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      return checkpointer.restore(self._directory / str(step) / "default", args=arguments)
 
   def _verify(self, step: int, tree: Any) -> None:
     saved = self._manager.metadata(step).custom_metadata.get("checksums")
@@ -151,9 +171,7 @@ class Checkpoints:
 
   def read(self, step: int) -> Any:
     """A checkpoint's whole tree as it was saved, on the host, whatever its structure."""
-    path = self._directory / str(step) / "default"
-    with ocp.StandardCheckpointer() as checkpointer:
-      return jax.tree.map(np.asarray, checkpointer.restore(path))
+    return read_tree(self._directory / str(step) / "default")
 
   def last_step(self) -> int | None:
     """The newest step, if there is one."""
@@ -167,6 +185,28 @@ class Checkpoints:
     """Waits for a checkpoint under way."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def save_tree(path: Path, tree: Any) -> None:
+  """Writes a tree of arrays as an orbax checkpoint without a history."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path.absolute(), jax.tree.map(np.asarray, jax.device_get(tree)))
+
+
+def read_tree(path: Path) -> Any:
+  """A checkpoint's whole tree as it was saved, on the host, whatever its structure.
+
+  Raises:
+    UserError: it is missing or damaged.
+  """
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return jax.tree.map(np.asarray, checkpointer.restore(path.absolute()))
+  except Exception as error:  # whatever a damaged file makes of itself
+    if isinstance(error, MemoryError):
+      raise
+    lines = str(error).strip().splitlines() or [repr(error)]
+    raise UserError(f"{path} is not a readable checkpoint: {lines[0][:160]}") from error
 
 
 def _quiet_abandoned_reads() -> None:

@@ -3,10 +3,10 @@
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from dimo_jax.allocator import keep_freed_memory
 from dimo_jax.preemption import RESUME_EXIT_CODE, STOP, Preempted
@@ -17,9 +17,25 @@ BAD_INPUT, STOPPED = 2, 3  # exit codes, beside preemption.RESUME_EXIT_CODE
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=1 overrides.")
 
 
-def run(dispatch: Callable[[], None]) -> None:
-  """Parses the flags and runs a command; see `guarded`."""
-  guarded(lambda: app.run(lambda argv: _checked(argv, dispatch), flags_parser=_parse_flags))
+def run(
+  dispatch: Callable[[], None],
+  flag_values: flags.FlagValues = flags.FLAGS,
+  *,
+  needs_config: bool = True,
+) -> None:
+  """Parses the flags and runs a command; see `guarded`.
+
+  Args:
+    flag_values: a command's own flags, where they are not absl's global ones, and `config` one of
+      them or not.
+    needs_config: whether --config must be given.
+  """
+  guarded(
+    lambda: app.run(
+      lambda argv: _checked(argv, dispatch, needs_config),
+      flags_parser=lambda argv: _parse_flags(argv, flag_values),
+    )
+  )
 
 
 def guarded(command: Callable[[], None]) -> None:
@@ -42,33 +58,24 @@ def guarded(command: Callable[[], None]) -> None:
     os._exit(code)  # a plain exit would let TensorBoard's writer try again, and say so at length
 
 
-def _checked(argv: list[str], dispatch: Callable[[], None]) -> None:
-  _check(argv)
+def _checked(argv: list[str], dispatch: Callable[[], None], needs_config: bool) -> None:
+  if len(argv) > 1:
+    raise UserError(f"{argv[1]!r} is not a flag; flags begin with --")
+  if needs_config and CONFIG.value is None:
+    raise UserError("--config is missing; name a config, such as --config=configs/digits.py")
   dispatch()
 
 
-def _check(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise UserError(f"{argv[1]!r} is not a flag; flags begin with --")
-  if CONFIG.value is None:
-    raise UserError("--config is missing; name a config, such as --config=configs/digits.py")
-
-
-def parse_config(arguments: Sequence[str]) -> ConfigDict:
-  """The config of `--config` and `--config.a.b=1` arguments, for a command that has other flags.
-
-  Raises:
-    UserError: no config, no such file or field, or any other argument.
-  """
-  rest = _parse_flags(["", *arguments])
-  _check(rest)
-  return CONFIG.value
-
-
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
+  if flag_values is not flags.FLAGS:
+    flags.FLAGS.mark_as_parsed()  # absl reads its own
+    if {"--help", "-h"} & set(argv):
+      print(f"{sys.modules['__main__'].__doc__}\n{flag_values.get_help()}")
+      sys.exit(0)
   try:
-    rest = flags.FLAGS(argv)
-    _ = CONFIG.value and CONFIG.value.is_locked  # a file that is missing shows at the first use
+    rest = flag_values(argv)
+    if "config" in flag_values:  # a file that is missing shows at the first use
+      _ = flag_values["config"].value and flag_values["config"].value.is_locked
     return rest
   except (AttributeError, KeyError) as error:  # its text may name the nearest field
     words = set(re.findall(r"\w+", str(error)))

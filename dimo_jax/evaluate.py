@@ -5,23 +5,29 @@ python -m dimo_jax.evaluate JOB --help
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dimo_jax import build, cli, prepare, train
+import jax
+from absl import logging
+
+from dimo_jax import artifacts, cli, judges, prepare, train
 from dimo_jax.build import Experiment
 from dimo_jax.data.sources import load_source
 from dimo_jax.evaluation import compare, jobs
+from dimo_jax.evaluation.generation import encode_images
 from dimo_jax.evaluation.image_sets import SourceImages, open_images
 from dimo_jax.evaluation.inception import Inception
-from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.evaluation.protocols import PROTOCOLS, Reference
 from dimo_jax.evaluation.published import PUBLISHED
 from dimo_jax.evaluation.references import read_reference
 from dimo_jax.evaluation.report import console_table, versions, write_report
 from dimo_jax.hooks import evaluate_sampler, sampling_network
+from dimo_jax.remote import local_path
 from dimo_jax.samplers import Sampler
 from dimo_jax.sharding import make_mesh
 from dimo_jax.state import DistillState, NetworkState
@@ -88,7 +94,8 @@ def _tokens(experiment: Experiment, teacher: NetworkState, images: Any) -> tuple
   codebook_size = experiment.tokenizer.codebook_size
   if not codebook_size:
     return None, None
-  return experiment.tokenizer.encode(teacher.autoencoder, images), codebook_size
+  tokens = encode_images(experiment.tokenizer, teacher.autoencoder, images, experiment.mesh)
+  return tokens, codebook_size
 
 
 def _report(
@@ -143,14 +150,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=run)
     return sub
 
-  def judged(sub: argparse.ArgumentParser, *, statistics: bool = True) -> None:
-    sub.add_argument("--protocol", required=True, help=", ".join(PUBLISHED))
-    sub.add_argument("--inception", required=True, help="weights, .pth or safetensors")
+  def network(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--protocol", required=True, help=", ".join([*PUBLISHED, *PROTOCOLS]))
+    sub.add_argument("--inception", default="", help="weights: a path, gs://... or hf://...")
     sub.add_argument("--out", required=True, type=Path, help="file that the result goes to")
     sub.add_argument("--batch_size", type=int, default=0, help="default: 32 for each device")
-    if statistics:
-      sub.add_argument("--statistics", required=True, help=".npz file to compare with")
-      sub.add_argument("--num_images", type=int, default=0, help="another number; result says so")
+
+  def judged(sub: argparse.ArgumentParser) -> None:
+    network(sub)
+    sub.add_argument("--statistics", default="", help=".npz to compare with: a path, gs://, hf://")
+    sub.add_argument("--num_images", type=int, default=0, help="another number; result says so")
+
+  def generated(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint", help="export, workdir, teacher, or published weights")
+    sub.add_argument("--best", action="store_true", help="of a workdir: the best checkpoint")
+    sub.add_argument("--tokenizer", default="", help="decoder of tokens, where it holds none")
+    sub.add_argument("--classifier_from", default="", help="own protocols: the workdir with it")
+    judged(sub)
 
   sub = job("images", _images, "Evaluates a folder of images, or an .npz of them.")
   sub.add_argument("images", help="folder or .npz file")
@@ -161,42 +177,66 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--tfds_name", default="", help="tfds: the data set")
   sub.add_argument("--split", default="train", help="tfds: train or test")
   sub.add_argument("--crop", action="store_true", help="scale and crop to the protocol's size")
-  judged(sub, statistics=False)
-  sub = job("workdir", _workdir, "Evaluates a trained workdir; takes --config as training does.")
-  sub.add_argument("--workdir", required=True, type=Path)
-  sub.add_argument("--model", default="student", choices=("student", "teacher"))
-  sub.add_argument("--steps", default="", help="of the teacher, as in 4,8,16")
-  sub.add_argument("--checkpoint", default="last", choices=("last", "best"))
-  judged(sub)
+  network(sub)
+  sub = job("checkpoint", _checkpoint, "Samples a network and evaluates the images.")
+  sub.add_argument("--steps", default="", help="of a teacher, as in 4,8,16")
+  generated(sub)
+  sub = job("sweep", _sweep, "Evaluates a network over values of a sampling setting.")
+  sub.add_argument("--field", required=True, help="such as sampling.temperature")
+  sub.add_argument("--values", required=True, help="such as 1,3,5,7")
+  generated(sub)
+  sub = job("watch", _watch, "Follows a training and evaluates each new checkpoint once.")
+  sub.add_argument("--every_seconds", type=float, default=60.0, help="between two looks")
+  sub.add_argument("--until", type=int, default=0, help="ends once this step is done; 0: never")
+  generated(sub)
   sub = job("compare", _compare, "Writes one page that compares results.")
   sub.add_argument("results", nargs="+", help="workdirs with results.json, or files of results")
   sub.add_argument("--out", default="compare.html", type=Path)
   return parser
 
 
-def _judge(arguments: argparse.Namespace) -> jobs.Judge:
+def _published(arguments: argparse.Namespace) -> jobs.Judge:
   protocol = choose(PUBLISHED, arguments.protocol, "protocol")
   if arguments.num_images:
     protocol = protocol.with_images(arguments.num_images)
-  reference = read_reference(arguments.statistics)
+  if not arguments.statistics:
+    raise UserError(f"statistics='' must be {protocol.statistics}, with protocol={protocol.name!r}")
+  reference = read_reference(local_path(arguments.statistics))
   inception, mesh, batch_size = _network(arguments)
   return jobs.Judge(protocol, reference, inception, mesh, batch_size)
 
 
 def _network(arguments: argparse.Namespace) -> tuple[Inception, Any, int]:
+  if not arguments.inception:
+    raise UserError("inception='' must be the weights, pt_inception-2015-12-05-6726825d.pth")
   mesh = make_mesh()
-  return Inception.load(arguments.inception), mesh, arguments.batch_size or 32 * mesh.size
+  inception = Inception.load(local_path(arguments.inception))
+  return inception, mesh, _batch_size(arguments)
 
 
-def _images(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-  _no_more(rest)
+def _batch_size(arguments: argparse.Namespace) -> int:
+  return arguments.batch_size or 32 * jax.device_count()
+
+
+def _judge(arguments: argparse.Namespace) -> judges.Evaluate:
+  """What evaluates a generator under any protocol."""
+  if arguments.protocol not in PROTOCOLS:
+    return functools.partial(jobs.evaluate_generator, _published(arguments))
+  if arguments.num_images or arguments.statistics or arguments.inception:
+    raise UserError(
+      f"protocol={arguments.protocol!r} has its own number of images, statistics and network"
+    )
+  workdir = Path(arguments.classifier_from or arguments.checkpoint)
+  return judges.own_judge(arguments.protocol, workdir, _batch_size(arguments)).evaluate
+
+
+def _images(arguments: argparse.Namespace) -> None:
   choose(PUBLISHED, arguments.protocol, "protocol")
   images = open_images(arguments.images)
-  jobs.evaluate_images(_judge(arguments), images, arguments.out)
+  jobs.evaluate_images(_published(arguments), images, arguments.out)
 
 
-def _stats(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-  _no_more(rest)
+def _stats(arguments: argparse.Namespace) -> None:
   protocol = choose(PUBLISHED, arguments.protocol, "protocol")
   choose(dict.fromkeys(("folder", "npz", "tfds")), arguments.source, "source")
   size = protocol.image_size if arguments.crop else 0
@@ -206,79 +246,75 @@ def _stats(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     )
     images: Any = SourceImages(source, f"{arguments.tfds_name} {arguments.split}")
   else:
-    is_folder = Path(arguments.path).is_dir()
-    if is_folder != (arguments.source == "folder"):
+    if Path(arguments.path).is_dir() != (arguments.source == "folder"):
       raise UserError(f"path={arguments.path!r} is no {arguments.source}")
     images = open_images(arguments.path, size)
   inception, mesh, batch_size = _network(arguments)
   jobs.make_statistics(images, protocol, inception, mesh, arguments.out, batch_size=batch_size)
 
 
-def _workdir(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-  experiment = build.build(cli.parse_config(rest))
-  judge = _judge(arguments)
-  best = arguments.checkpoint == "best"
-  teacher, state = train.restore(experiment, arguments.workdir, best=best)
-  source = {"model": arguments.model, "workdir": str(arguments.workdir)}
-  source |= {"training_seed": experiment.config.seed}
-  if arguments.model == "student":
-    source |= {"checkpoint": arguments.checkpoint, "step": int(state.generator.step)}
-  for generator in _generators(experiment, arguments, teacher, state):
-    jobs.evaluate_generator(judge, generator, arguments.out, source)
+def _load(arguments: argparse.Namespace, **fields: float) -> judges.ArtifactGenerator:
+  """The network, and where it comes from."""
+  place = Path(arguments.checkpoint)
+  if (place / "distill").is_dir() and not arguments.tokenizer:
+    return judges.run_generator(place, best=arguments.best, fields=fields)
+  if arguments.best:
+    raise UserError("--best is for workdirs, without --tokenizer")
+  tokenizer = arguments.tokenizer or None
+  artifact = artifacts.load(arguments.checkpoint, tokenizer=tokenizer, fields=fields)
+  model = "student" if artifact.role == "generator" else "teacher"
+  return judges.ArtifactGenerator(artifact, {"model": model, "checkpoint": arguments.checkpoint})
 
 
-def _compare(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
-  _no_more(rest)
+def _checkpoint(arguments: argparse.Namespace) -> None:
+  generator, evaluate_with = _load(arguments), _judge(arguments)
+  for steps in _numbers("steps", arguments.steps, int) or [None]:
+    taken = dataclasses.replace(generator, steps=steps)
+    evaluate_with(taken, arguments.out, taken.source)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+  values = _numbers("values", arguments.values, float)
+  if not values:
+    raise UserError("values='' must be numbers such as 1,3,5")
+
+  def load(value: float) -> judges.ArtifactGenerator:
+    return _load(arguments, **{arguments.field: value})
+
+  load(values[0])  # a mistyped field shows before anything is computed
+  judges.sweep(_judge(arguments), load, arguments.field, values, arguments.out)
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+  judges.watch(
+    _judge(arguments),
+    Path(arguments.checkpoint),
+    arguments.protocol,
+    arguments.out,
+    every_seconds=arguments.every_seconds,
+    until=arguments.until,
+  )
+
+
+def _compare(arguments: argparse.Namespace) -> None:
   compare.write_comparison(arguments.out, [compare.load_results(p) for p in arguments.results])
   say(f"comparison: {arguments.out}")
 
 
-def _generators(
-  experiment: Experiment,
-  arguments: argparse.Namespace,
-  teacher: NetworkState,
-  state: DistillState,
-) -> Iterator[jobs.NetworkGenerator]:
-  """The student, or the teacher at each number of steps."""
-  if arguments.model == "student":
-    samplers: list[Sampler] = [experiment.student_sampler.at(int(state.clock))]
-    network = sampling_network(experiment, state.ema_params, teacher.autoencoder)
-  else:
-    steps = _numbers(arguments.steps) or experiment.config.evaluation.teacher_steps
-    samplers = [dataclasses.replace(experiment.decoding, num_steps=n) for n in steps]
-    network = teacher
-  for sampler in samplers:
-    yield jobs.NetworkGenerator(
-      name=f"{arguments.model}, {sampler.name}, {sampler.num_steps} steps",
-      sampler=sampler,
-      tokenizer=experiment.tokenizer,
-      network=network,
-      num_classes=experiment.config.data.num_classes,
-      mesh=experiment.mesh,
-    )
-
-
-def _numbers(text: str) -> list[int]:
+def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
   try:
-    numbers = [int(part) for part in text.split(",")] if text else []
+    return [kind(part) for part in text.split(",")] if text else []
   except ValueError as error:
-    raise UserError(f"steps={text!r} must be numbers such as 4,8,16") from error
-  if any(number < 1 for number in numbers):
-    raise UserError(f"steps={text!r} must be positive")
-  return numbers
-
-
-def _no_more(rest: Sequence[str]) -> None:
-  if rest:
-    raise UserError(f"{rest[0]!r} is unknown; see --help")
+    raise UserError(f"{name}={text!r} must be numbers such as 4,8,16") from error
 
 
 def main() -> None:
   """Runs the command line."""
 
   def command() -> None:
-    arguments, rest = _parser().parse_known_args(sys.argv[1:])
-    arguments.run(arguments, rest)
+    arguments = _parser().parse_args(sys.argv[1:])
+    logging.set_verbosity(logging.FATAL)  # orbax logs errors before it raises them
+    arguments.run(arguments)
 
   cli.guarded(command)
 

@@ -16,8 +16,6 @@ from dimo_jax.state import DistillState, NetworkState
 from dimo_jax.types import Params
 from dimo_jax.writers import Writer
 
-_PICTURE_COLUMNS = 10
-
 
 def sampling_network(experiment: Experiment, params: Params, tokenizer: Params) -> NetworkState:
   """A network for sampling alone: whole parameters, no optimiser."""
@@ -108,9 +106,10 @@ def draw_pictures(
   )
   panels = {}
   for caption, sampler, network in runs:
-    images, _ = sample_images(sampler, experiment.tokenizer, network, condition, key)
-    panels[caption] = np.asarray(images)
-  pixels = pictures.side_by_side(panels, _PICTURE_COLUMNS)
+    panels[caption], _ = sample_images(
+      sampler, experiment.tokenizer, network, condition, key, experiment.mesh
+    )
+  pixels = pictures.side_by_side(panels)
   pictures.save_png(directory / f"step_{step:07d}.png", pixels)
   writer.picture(step, "samples", pixels)
   generated = panels[generator]

@@ -32,12 +32,24 @@ def _dispatch() -> None:
   if _MODE.value == "train" and _CHECKPOINT.value != "last":
     raise UserError("--checkpoint=best is for --mode=evaluate and --mode=sample")
   # Imported here, so that a mistyped flag is answered before JAX starts.
-  from dimo_jax import build, evaluate, pairs, sample, train
+  from dimo_jax import build, evaluate, pairs, prepare, sample, train
+  from dimo_jax.recipe import CONFIG_FILE, Recipe
 
   logging.set_verbosity(logging.FATAL)  # orbax logs every step, and errors before it raises them
-  experiment, workdir = build.build(cli.CONFIG.value), Path(_WORKDIR.value)
-  STOP.raise_if_set()
+  workdir, given = Path(_WORKDIR.value), cli.CONFIG.value
+  if given is None and not (workdir / CONFIG_FILE).exists():
+    raise UserError(
+      f"--config is missing, and --workdir={str(workdir)!r} has recorded none; name a config, such"
+      " as --config=configs/digits.py"
+    )
   best = _CHECKPOINT.value == "best"
+  if _MODE.value == "sample":
+    experiment = None if given is None else build.build(given)
+    text = _LABELS.value, _OUT.value
+    sample.sample_workdir(workdir, experiment, *text, _SEED.value, best=best)
+    return
+  experiment = build.build(Recipe.load(workdir).config if given is None else given)
+  STOP.raise_if_set()
   if _MODE.value == "train":
     _check_writable(workdir)
     with _lock(workdir):
@@ -47,12 +59,10 @@ def _dispatch() -> None:
     _check_writable(workdir)
     with _lock(workdir):
       pairs.make_pairs(experiment, workdir, _NUM_PAIRS.value, _SEED.value, _OUT.value)
-  elif _MODE.value == "evaluate":
-    train.check_trained(workdir)
+  else:
+    prepare.check_trained(workdir)
     _check_writable(workdir)
     evaluate.evaluate_workdir(experiment, workdir, best=best)
-  else:
-    sample.sample_workdir(experiment, workdir, _LABELS.value, _SEED.value, _OUT.value, best=best)
 
 
 def _check_writable(workdir: Path) -> None:
@@ -77,7 +87,7 @@ def _lock(workdir: Path) -> IO[str]:
 
 def main() -> None:
   """Runs the command line."""
-  cli.run(_dispatch)
+  cli.run(_dispatch, needs_config=False)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import traverse_util
 
@@ -21,16 +22,25 @@ from dimo_jax.checkpoint import (
   refuse_changes,
   save_params,
 )
-from dimo_jax.convert import edm, maskgit
+from dimo_jax.convert import edm, families, files, maskgit
+from dimo_jax.convert.files import Archive
 from dimo_jax.data.sources import Source
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.recipe import Recipe
+from dimo_jax.remote import local_path
 from dimo_jax.state import FirstStage, merge
+from dimo_jax.teachers import Teacher
 from dimo_jax.teachers.edm import GaussianTeacher
+from dimo_jax.teachers.maskgit import MaskedTeacher
+from dimo_jax.teachers.tokenizers import Tokenizer
+from dimo_jax.teachers.vqgan import RANDOM
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
 TEACHER_FILE = "teacher.safetensors"
+_TOKENIZER_FILE = "tokenizer.safetensors"  # fitted
+_GIVEN_TOKENIZER_FILE = "given.safetensors"  # beside it: the one that a given teacher brought
 # What every stage reads of its data; pairs are for a distillation alone.
 _DATA = tuple(
   f"data.{name}" for name in ("name", "path", "tfds_name", "image_size", "num_classes", "flip")
@@ -45,13 +55,23 @@ def load_arrays(source: Source) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
-  """The tokenizer's parameters: from the workdir, or fitted on the training split and saved."""
+  """The tokenizer's parameters: from the workdir, or fitted on the training split and saved there;
+  those of a published tokenizer from its file.
+
+  Raises:
+    UserError: the config or that file differ from what the run was begun with.
+  """
   config, directory = experiment.config, workdir / "tokenizer"
   if not experiment.has_pictures:
     return {}
   directory.mkdir(parents=True, exist_ok=True)
-  check_record(directory, tokenizer_fields(experiment))
-  path = directory / "tokenizer.safetensors"
+  fields = tokenizer_fields(experiment)
+  if not experiment.tokenizer.needs_images:
+    params = experiment.tokenizer.fit(None, config.seed)
+    check_record(directory, fields | ({"tokenizer.sha256": params_hash(params)} if params else {}))
+    return params
+  check_record(directory, fields)
+  path = directory / _TOKENIZER_FILE
   if not path.exists():
     arrays, _ = load_arrays(experiment.source("train"))
     params = experiment.tokenizer.fit(arrays, config.seed)
@@ -59,10 +79,34 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
     decoded = experiment.tokenizer.decode(params, experiment.tokenizer.encode(params, images))
     error = float(jnp.mean((decoded - images) ** 2))
     save_params(path, params, {"name": config.tokenizer.name, "train_mse": error})
-    if experiment.tokenizer.codebook_size:
-      say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
+    say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
+  return _read_tokenizer(path)
+
+
+def _read_tokenizer(path: Path) -> Params:
   params, _ = load_params(path)
   return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(params, sep="/"))
+
+
+def keep_tokenizer(workdir: Path, params: Params) -> None:
+  """Copies the tokenizer that a given teacher brought into the workdir, which then needs no other
+  file.
+  """
+  if params:
+    (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
+    save_params(workdir / "tokenizer" / _GIVEN_TOKENIZER_FILE, params, {})
+
+
+def run_tokenizer(tokenizer: Tokenizer, config: ml_collections.ConfigDict, workdir: Path) -> Params:
+  """The tokenizer's parameters that a trained workdir's networks go with.
+
+  Raises:
+    UserError: they lie elsewhere, and are not there any more.
+  """
+  for name in (_GIVEN_TOKENIZER_FILE, _TOKENIZER_FILE):
+    if (workdir / "tokenizer" / name).exists():
+      return _read_tokenizer(workdir / "tokenizer" / name)
+  return {} if tokenizer.needs_images else tokenizer.fit(None, config.seed)
 
 
 def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
@@ -97,31 +141,41 @@ def random_teacher(experiment: Experiment) -> Params:
   return experiment.teacher.init(jax.random.fold_in(jax.random.key(experiment.config.seed), 1))
 
 
-def save_teacher(path: Path, network: Params, tokenizer: Params, fields: dict) -> None:
+def recipe(experiment: Experiment) -> Recipe:
+  """What rebuilds an experiment's networks and samplers without its data."""
+  return Recipe(experiment.config, experiment.tokenizer.image_shape)
+
+
+def save_teacher(
+  path: Path, network: Params, tokenizer: Params, fields: dict, recipe: Recipe
+) -> None:
   """A finished teacher, network and tokenizer together, with what it was trained as."""
-  save_params(path, {"network": network, "tokenizer": tokenizer}, {"teacher": fields})
+  metadata = {"teacher": fields, "recipe": recipe.to_dict()}
+  save_params(path, {"network": network, "tokenizer": tokenizer}, metadata)
 
 
-def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | None]:
-  """(network parameters, tokenizer parameters or None) from a file, checked against the config.
+def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, Params | None]:
+  """(network parameters, tokenizer parameters if any) of a teacher, checked against the config.
 
-  Reads our own `teacher.safetensors` and files with the published MaskGIT key names.
+  Args:
+    experiment: what the teacher must fit.
+    location: of our own `teacher.safetensors` or its folder, or of published weights of any family
+      with a network like the teacher's; here or elsewhere, see `remote.local_path`.
 
   Raises:
     UserError: no such file, another family's file, or other sizes than the config's.
   """
-  path = path / TEACHER_FILE if path.is_dir() else path
-  arrays, metadata = load_params(path)
-  tokenizer = None
-  if "teacher" in metadata:
-    _check_process(experiment, path, metadata["teacher"])
-    tree = traverse_util.unflatten_dict(arrays, sep="/")
-    network, tokenizer = tree["network"], tree.get("tokenizer", {})
+  path, field = local_path(location), f"teacher.path={str(location)!r}"
+  path = path / TEACHER_FILE if (path / TEACHER_FILE).is_file() else path
+  archive, tokenizer = files.read(path), None
+  if "teacher" in archive.settings:
+    _check_process(experiment, field, archive.settings["teacher"])
+    tree = traverse_util.unflatten_dict(dict(archive.tensors), sep="/")
+    network, tokenizer = tree["network"], tree.get("tokenizer")
+    if isinstance(experiment.teacher, MaskedTeacher):
+      network = maskgit.arrange(network, scan_layers=experiment.teacher.network.scan_layers)
   else:
-    try:
-      network = _from_published(experiment, arrays)
-    except UserError as error:
-      raise UserError(f"teacher.path={str(path)!r}: {error}") from error
+    network = _from_published(experiment, field, archive)
   expected = jax.eval_shape(lambda: random_teacher(experiment))
   wanted = traverse_util.flatten_dict(expected, sep="/")
   found = traverse_util.flatten_dict(network, sep="/")
@@ -133,26 +187,55 @@ def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | N
   ]
   if wrong:
     raise UserError(
-      f"teacher.path={str(path)!r} does not fit model, tokenizer and data of the config:"
+      f"{field} does not fit model, tokenizer and data of the config:"
       f" {'; '.join(wrong[:4])}{' ...' if len(wrong) > 4 else ''}"
     )
   return jax.tree.map(lambda x: np.asarray(x, np.float32), network), tokenizer
 
 
-def _from_published(experiment: Experiment, arrays: Mapping[str, np.ndarray]) -> Params:
-  if isinstance(experiment.teacher, GaussianTeacher):
-    return edm.from_published(arrays, experiment.teacher.network)
-  return maskgit.from_published(arrays, scan_layers=experiment.config.model.scan_layers)
+def from_published(teacher: Teacher, arrays: Mapping[str, np.ndarray]) -> Params:
+  """A network's parameters from a state dict with the published key names.
+
+  Raises:
+    UserError: keys are missing or unexpected, or shapes are another network's.
+  """
+  if isinstance(teacher, GaussianTeacher):
+    return edm.from_published(arrays, teacher.network)
+  return maskgit.from_published(arrays, scan_layers=teacher.network.scan_layers)
 
 
-def _check_process(experiment: Experiment, path: Path, trained: Mapping[str, Any]) -> None:
+def to_published(teacher: Teacher, params: Params) -> dict[str, np.ndarray]:
+  """The inverse of `from_published`."""
+  if isinstance(teacher, GaussianTeacher):
+    return edm.to_published(params, teacher.network)
+  return maskgit.to_published(params)
+
+
+def _from_published(experiment: Experiment, field: str, archive: Archive) -> Params:
+  """The network of a published file; of one with several, the first that is a teacher."""
+  name = families.guess(archive)
+  family, wanted = families.FAMILIES[name], experiment.config.teacher.name
+  if family.teacher != wanted:
+    fitting = [row.title for row in families.FAMILIES.values() if row.teacher == wanted]
+    raise UserError(
+      f"{field} is {family.title}, and teacher.name={wanted!r} needs {' or '.join(fitting)}"
+    )
+  try:
+    families.check_sizes(family.sizes(archive), experiment.teacher.network)
+    scan_layers = experiment.config.model.scan_layers
+    parts = families.convert(archive, name, scan_layers=scan_layers).parts
+  except UserError as error:
+    raise UserError(f"{field}: {error}") from error
+  return next(iter(parts.values()))
+
+
+def _check_process(experiment: Experiment, field: str, trained: Mapping[str, Any]) -> None:
   """Raises UserError where a teacher of ours was trained for another process or prediction."""
   for name in ("teacher.name", "process.name", "process.prediction", "process.sigma_data"):
     wanted = flat_fields(experiment.config, name)[name]
     if trained.get(name, wanted) != wanted:
       raise UserError(
-        f"teacher.path={str(path)!r} was trained with {name}={trained[name]!r}, and the config says"
-        f" {wanted!r}"
+        f"{field} was trained with {name}={trained[name]!r}, and the config says {wanted!r}"
       )
 
 
@@ -187,16 +270,24 @@ def first_stage(experiment: Experiment, teacher: Params) -> FirstStage | None:
   return stage
 
 
+def check_trained(workdir: Path) -> None:
+  """Raises UserError where no distillation was begun."""
+  if not (workdir / "distill" / "checkpoints").is_dir():
+    raise UserError(f"--workdir={str(workdir)!r} holds no training; run --mode=train there first")
+
+
 def check_workdir(experiment: Experiment, workdir: Path) -> None:
   """What the stages would find one after the other, found before any of them computes.
 
   Raises:
-    UserError: the given teacher cannot be used, or the config differs from the records of the
-      stages begun in `workdir`; all changes are named at once.
+    UserError: the given teacher or tokenizer cannot be used, or the config differs from the records
+      of the stages begun in `workdir`; all changes are named at once.
   """
+  if experiment.config.tokenizer.path not in ("", RANDOM):
+    experiment.tokenizer.fit(None, experiment.config.seed)
   path = experiment.config.teacher.path
   if path not in ("", "random"):
-    load_teacher(experiment, Path(path))
+    load_teacher(experiment, path)
   stages = {"tokenizer": tokenizer_fields(experiment), "distill": distill_fields(experiment)}
   if experiment.protocol is not None:
     stages["classifier"] = classifier_fields(experiment)
@@ -205,12 +296,13 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
   changed: dict[str, str] = {}
   for stage, fields in stages.items():
     changed |= changed_fields(workdir / stage, fields)
-  changed.pop("teacher.sha256", None)  # compared once the teacher is there
+  for name in ("teacher.sha256", "tokenizer.sha256"):  # compared once they are there
+    changed.pop(name, None)
   refuse_changes(workdir, changed)
 
 
 def tokenizer_fields(experiment: Experiment) -> dict:
-  """What a fitted tokenizer depends on, by flat name."""
+  """What a tokenizer depends on, by flat name, a published one's file by its hash."""
   return flat_fields(experiment.config, *_DATA, "tokenizer", "seed")
 
 
@@ -258,7 +350,9 @@ def _network_sections(experiment: Experiment) -> tuple[str, ...]:
 
 
 def flat_fields(config, *names: str) -> dict:
-  """`a.b.c` names and values of the named sections or fields of a config."""
+  """`a.b.c` names and values of the named sections or fields of a config, but for where the
+  tokenizer's file lies.
+  """
   fields: dict[str, Any] = {}
   for name in names:
     value = config
@@ -269,4 +363,5 @@ def flat_fields(config, *names: str) -> dict:
       fields |= {f"{name}.{key}": item for key, item in flat.items()}
     else:
       fields[name] = value
+  fields.pop("tokenizer.path", None)
   return fields

@@ -1,78 +1,164 @@
-"""Pictures of a trained workdir: a grid of the one-step student's samples."""
+"""Pictures of anything that can be sampled; no config is needed.
 
-import time
+python -m dimo_jax.sample --artifact=DIR_OR_FILE --labels=3,1,4 --num=64 --seed=0 --out=grid.png
+"""
+
+import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from absl import flags, logging
 
-from dimo_jax import train
+from dimo_jax import artifacts, cli
+from dimo_jax.artifacts import Artifact
 from dimo_jax.build import NUM_SEEDS, Experiment
 from dimo_jax.evaluation import pictures
-from dimo_jax.evaluation.generation import generate
-from dimo_jax.hooks import sampling_network
 from dimo_jax.types import UserError
 from dimo_jax.writers import say
 
-_NUM_COLUMNS = 10
+_NUM_CLASSES, _NUM_EACH = 10, 4  # of the pictures where no labels are given
+
+_FLAGS = flags.FlagValues()  # its own: `main` has flags of the same names
+_ARTIFACT = flags.DEFINE_string(
+  "artifact",
+  None,
+  "Export, workdir, teacher or checkpoint: a folder or a file.",
+  flag_values=_FLAGS,
+)
+_LABELS = flags.DEFINE_string(
+  "labels", "", "Class ids, as in 3,1,4; repeated up to --num.", flag_values=_FLAGS
+)
+_NUM = flags.DEFINE_integer(
+  "num", None, "Number of images; default: one per label.", flag_values=_FLAGS
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of what is drawn.", flag_values=_FLAGS)
+_OUT = flags.DEFINE_string("out", "samples.png", "PNG file of the grid.", flag_values=_FLAGS)
+_TOKENIZER = flags.DEFINE_string(
+  "tokenizer",
+  "",
+  "VQGAN that decodes the tokens, where the artifact holds none.",
+  flag_values=_FLAGS,
+)
+_FAMILY = flags.DEFINE_string(
+  "family", "", "Of published weights, where the file does not say.", flag_values=_FLAGS
+)
+_FIELD = flags.DEFINE_multi_string(
+  "field", [], "Config field, as in sampling.temperature=7; may be repeated.", flag_values=_FLAGS
+)
+_STEPS = flags.DEFINE_integer("steps", None, "Of a teacher; default: its own.", flag_values=_FLAGS)
 
 
-def parse_labels(text: str, num_classes: int) -> np.ndarray:
-  """Class ids from `3,1,4`; empty means four of each of the first ten classes.
+def parse_labels(text: str, num_classes: int, num: int | None = None) -> np.ndarray:
+  """Class ids from `3,1,4`, repeated up to `num` of them.
+
+  An empty text means the classes in turn, without `num` four of each of the first ten.
 
   Raises:
-    UserError: not integers, or out of range.
+    UserError: not integers, out of range, or no positive number.
   """
+  num_classes = max(num_classes, 1)
+  if num is not None and num < 1:
+    raise UserError(f"--num={num} must be 1 or more")
   if not text:
-    return np.arange(4 * min(num_classes, _NUM_COLUMNS), dtype=np.int32) % num_classes
+    if num is None:
+      num_classes = min(num_classes, _NUM_CLASSES)
+      num = _NUM_EACH * num_classes
+    return np.arange(num, dtype=np.int32) % num_classes
   try:
     labels = np.array([int(part) for part in text.split(",")], np.int32)
   except (ValueError, OverflowError) as error:
     raise UserError(f"--labels={text!r} must be class ids such as 3,1,4") from error
   if labels.min() < 0 or labels.max() >= num_classes:
     raise UserError(f"--labels={text!r} must lie in 0 .. {num_classes - 1}")
-  return labels
+  return labels if num is None else np.resize(labels, num)
+
+
+def _check(seed: int, out: Path) -> None:
+  if not 0 <= seed < NUM_SEEDS:
+    raise UserError(f"--seed={seed} must lie in 0 .. {NUM_SEEDS - 1}")
+  if out.suffix.lower() != ".png":
+    raise UserError(f"--out={str(out)!r} must end in .png")
+
+
+def write_grid(
+  artifact: Artifact, labels: np.ndarray, seed: int, out: Path, steps: int | None = None
+) -> None:
+  """Writes a PNG grid, one picture per label, and says how long it took.
+
+  Raises:
+    UserError: nothing can be sampled so, or `out` cannot be written.
+  """
+  samples = artifact.sample_timed(labels, seed, steps)
+  try:
+    pictures.save_png(out, pictures.tile(samples.outputs))
+  except OSError as error:
+    raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error
+  num_steps = steps or artifact.num_steps
+  say(
+    f"{len(labels)} pictures in {out}; {artifact.role}, {num_steps}"
+    f" step{'s' if num_steps > 1 else ''}: {len(labels) / samples.seconds:.1f} images/s, after"
+    f" {samples.compile_seconds:.1f} s of compilation"
+  )
 
 
 def sample_workdir(
-  experiment: Experiment,
   workdir: Path,
+  experiment: Experiment | None,
   labels_text: str,
-  seed: int,
   out_text: str,
+  seed: int,
   *,
   best: bool = False,
 ) -> None:
   """Writes a PNG grid of the student in `workdir`, one picture per label.
 
-  Without a file's name in `out_text` it is `samples.png` in the workdir.
+  Args:
+    experiment: of a config that takes the place of the recorded one.
+    out_text: a file's name; without one it is `samples.png` in the workdir.
+    best: the best evaluated checkpoint, not the last.
 
   Raises:
     UserError: bad labels, nothing trained there, no decoder, or `out` cannot be written.
   """
   out = Path(out_text or workdir / "samples.png")
-  labels = parse_labels(labels_text, experiment.config.data.num_classes)
-  if not experiment.has_pictures:
-    raise UserError(f"tokenizer.name={experiment.config.tokenizer.name!r} cannot make pictures")
-  if not 0 <= seed < NUM_SEEDS:
-    raise UserError(f"--seed={seed} must lie in 0 .. {NUM_SEEDS - 1}")
-  if out.suffix.lower() != ".png":
-    raise UserError(f"--out={str(out)!r} must end in .png")
-  teacher, state = train.restore(experiment, workdir, best=best)
-  began = time.perf_counter()
-  samples = generate(
-    experiment.student_sampler.at(int(state.clock)),
-    experiment.tokenizer,
-    sampling_network(experiment, state.ema_params, teacher.autoencoder),
-    labels,
-    seed=seed,
-    batch_size=experiment.config.evaluation.batch_size,
-    mesh=experiment.mesh,
-  )
+  _check(seed, out)
+  if experiment is not None:  # before anything is read
+    parse_labels(labels_text, experiment.config.data.num_classes)
+    if not experiment.has_pictures:
+      raise UserError(f"tokenizer.name={experiment.config.tokenizer.name!r} cannot make pictures")
+  artifact = artifacts.NetworkArtifact(artifacts.read_run(workdir, experiment, best=best).parts())
+  write_grid(artifact, parse_labels(labels_text, artifact.num_classes), seed, out)
+
+
+def _parse_field(text: str) -> tuple[str, Any]:
+  name, _, value = text.partition("=")
   try:
-    pictures.save_png(out, pictures.grid(samples.images, min(len(labels), _NUM_COLUMNS)))
-  except OSError as error:
-    raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error
-  say(
-    f"{len(labels)} pictures in {out}; {samples.images_per_second:.0f} images/s,"
-    f" {time.perf_counter() - began:.1f} s with compilation"
+    return name, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return name, value
+
+
+def _dispatch() -> None:
+  if not _ARTIFACT.value:
+    raise UserError("--artifact is missing; name an export, a workdir or a checkpoint")
+  out = Path(_OUT.value)
+  _check(_SEED.value, out)
+  logging.set_verbosity(logging.FATAL)  # orbax logs errors before it raises them
+  artifact = artifacts.load(
+    _ARTIFACT.value,
+    tokenizer=_TOKENIZER.value,
+    family=_FAMILY.value,
+    fields=dict(map(_parse_field, _FIELD.value)),
   )
+  labels = parse_labels(_LABELS.value, artifact.num_classes, _NUM.value)
+  write_grid(artifact, labels, _SEED.value, out, _STEPS.value)
+
+
+def main() -> None:
+  """Runs the command line."""
+  cli.run(_dispatch, _FLAGS, needs_config=False)
+
+
+if __name__ == "__main__":
+  main()

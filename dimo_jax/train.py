@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from clu import parameter_overview
 
 from dimo_jax import prepare
@@ -123,15 +124,23 @@ def train_teacher(
   if config.teacher.path == "random":
     return prepare.random_teacher(experiment), tokenizer_params
   if config.teacher.path:
-    network, tokenizer = prepare.load_teacher(experiment, Path(config.teacher.path))
-    return network, tokenizer_params if tokenizer is None else tokenizer
+    network, tokenizer = prepare.load_teacher(experiment, config.teacher.path)
+    if not (tokenizer and tokenizer_params):
+      return network, tokenizer_params
+    if jax.tree.map(jnp.shape, tokenizer) != jax.tree.map(jnp.shape, tokenizer_params):
+      raise UserError(
+        f"teacher.path={config.teacher.path!r} was trained with another tokenizer than"
+        f" tokenizer.name={config.tokenizer.name!r} of the config"
+      )
+    return network, tokenizer
   directory.mkdir(parents=True, exist_ok=True)
   fields = prepare.teacher_fields(experiment)
   check_record(directory, fields)
   path = directory / prepare.TEACHER_FILE
   if not path.exists():
     state = _pretrain(experiment, directory, tokenizer_params)
-    prepare.save_teacher(path, state.ema, tokenizer_params, fields)
+    recipe = prepare.recipe(experiment)
+    prepare.save_teacher(path, state.ema, tokenizer_params, fields, recipe)
   return prepare.load_teacher(experiment, path)[0], tokenizer_params
 
 
@@ -222,16 +231,14 @@ def distill(
 def train(experiment: Experiment, workdir: Path) -> None:
   """Every stage of a run that is not yet done."""
   prepare.check_workdir(experiment, workdir)
+  prepare.recipe(experiment).save(workdir)
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   reference = prepare.fit_classifier(experiment, workdir)
-  teacher_params, tokenizer_params = train_teacher(experiment, workdir, tokenizer_params)
+  fitted = tokenizer_params
+  teacher_params, tokenizer_params = train_teacher(experiment, workdir, fitted)
+  if tokenizer_params is not fitted:
+    prepare.keep_tokenizer(workdir, tokenizer_params)
   distill(experiment, workdir, teacher_params, tokenizer_params, reference)
-
-
-def check_trained(workdir: Path) -> None:
-  """Raises UserError where no distillation was begun."""
-  if not (workdir / "distill" / "checkpoints").is_dir():
-    raise UserError(f"--workdir={str(workdir)!r} holds no training; run --mode=train there first")
 
 
 def restore(
@@ -244,7 +251,7 @@ def restore(
   Raises:
     UserError: nothing was trained there, or nothing evaluated.
   """
-  check_trained(workdir)
+  prepare.check_trained(workdir)
   directory = workdir / "distill"
   prepare.check_workdir(experiment, workdir)
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)

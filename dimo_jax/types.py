@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8, UInt32
 
 __all__ = [
   "Array",
@@ -19,6 +19,7 @@ __all__ = [
   "Metrics",
   "Params",
   "UInt8",
+  "UInt32",
   "UserError",
   "check_pattern",
   "choose",

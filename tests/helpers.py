@@ -1,6 +1,7 @@
 """Small networks, objectives and published weights that several tests share."""
 
 import pathlib
+import zlib
 from typing import Any
 
 import jax
@@ -32,6 +33,38 @@ def state_dict(name: str, prefix: str = "") -> dict[str, np.ndarray]:
   """The tensors of tests/golden/<name>.safetensors under a prefix, which is cut off."""
   tensors = load_file(GOLDEN / f"{name}.safetensors")
   return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
+  """The recorded rule for random weights."""
+  random = np.random.RandomState(zlib.crc32(name.encode()))
+  return random.standard_normal(shape).astype(np.float32)
+
+
+def perturbed(tensors: dict[str, np.ndarray], tag: str) -> dict[str, np.ndarray]:
+  """Other weights than the teacher's: a tenth of each tensor's spread, and a floor."""
+  return {
+    key: w
+    if key.endswith("resample_filter")
+    else w + np.float32(0.1 * w.std(dtype=np.float64) + 0.01) * normal(f"{tag}/{key}", w.shape)
+    for key, w in tensors.items()
+  }
+
+
+def head_tensors(channels: int = 64) -> dict[str, np.ndarray]:
+  """The recorded rule for the critic's weights."""
+  shapes = {"0": (channels, channels, 4, 4), "3": (channels, channels, 4, 4)}
+  shapes["6"] = (1, channels, 1, 1)
+  tensors = {}
+  for layer in ("0", "1", "3", "4", "6"):
+    shape = shapes.get(layer, (channels,))
+    weight = normal(f"cls_pred_branch.{layer}.weight", shape)
+    norm = len(shape) == 1
+    tensors[f"{layer}.weight"] = (
+      1 + np.float32(0.1) * weight if norm else weight / np.float32(np.prod(shape[1:]) ** 0.5)
+    )
+    tensors[f"{layer}.bias"] = np.float32(0.1) * normal(f"cls_pred_branch.{layer}.bias", shape[:1])
+  return tensors
 
 
 def transformer(**options: Any) -> MaskTransformer:

@@ -18,6 +18,7 @@ from dimo_jax.health import Health
 from dimo_jax.models.mask_transformer import MaskTransformer
 from dimo_jax.models.mlp import DenoisingMLP
 from dimo_jax.models.unet import ADM, SongUNet
+from dimo_jax.models.vqgan import VQGAN
 from dimo_jax.objectives.denoising import GaussianDenoising, MaskedDenoising
 from dimo_jax.objectives.dimo import Dimo
 from dimo_jax.objectives.dmd2 import Dmd2
@@ -26,6 +27,7 @@ from dimo_jax.processes.gaussian import Edm, VariancePreserving
 from dimo_jax.samplers.edm import FewStep, Heun
 from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.samplers.one_step import OneStep
+from dimo_jax.teachers.tokenizers import NoTokenizer, PatchTokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 PRESETS = sorted(p.stem for p in (ROOT / "configs").glob("[a-z]*.py"))
@@ -34,6 +36,7 @@ FIELDS = sorted(traverse_util.flatten_dict(base.get_config().to_dict(), sep=".")
 # Sections whose fields are those of an object, or of one of several: their tests flip each field.
 OBJECTS = {
   "model.": (MaskTransformer,),
+  "tokenizer.": (VQGAN, PatchTokenizer, NoTokenizer),
   "denoiser.": (ADM, SongUNet, DenoisingMLP),
   "process.": (Edm, VariancePreserving),
   "teacher.pretrain.optim.": (OptimizerSpec,),

@@ -17,7 +17,7 @@ from dimo_jax.evaluation.scoring import read_rows
 from dimo_jax.types import UserError
 from dimo_jax.writers import write_atomically
 
-__all__ = ["Results", "load_results", "write_comparison"]
+__all__ = ["Results", "distance_of", "load_results", "write_comparison", "write_sweep"]
 
 # key, heading, format, meaning; `distance` is one of the two distances below
 COLUMNS = (
@@ -130,9 +130,8 @@ def _model(row: Mapping[str, Any]) -> str:
 
 def _comparable(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
   """A row under the names that the report's plots know."""
-  key = next((key for key in _DISTANCES if row.get(key) is not None), None)
-  if key is None:
-    raise UserError(f"results {name}: a row of {_model(row)} has no distance")
+  distance = distance_of(row)
+  key = next(key for key in _DISTANCES if row.get(key) is not None)
   model, is_real = row.get("model", "images"), row.get("model") == "real"
   sampler = row.get("sampler", "")
   return {
@@ -142,7 +141,7 @@ def _comparable(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     "model": "real" if is_real else f"{model} of {name}",
     "sampler": sampler.get("name", "") if isinstance(sampler, Mapping) else sampler,
     "steps": row.get("steps", 0),
-    "frechet_distance": row[key],
+    "frechet_distance": distance,
     "low": row.get(f"{key}_low"),
     "high": row.get(f"{key}_high"),
   }
@@ -151,7 +150,7 @@ def _comparable(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
 def _section(title: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
   drawn = [row for row in rows if row["steps"]]
-  best = min((row for row in rows if row["model"] != "real"), key=_distance, default=None)
+  best = min((row for row in rows if row["model"] != "real"), key=distance_of, default=None)
   return {
     "title": title,
     "columns": columns,
@@ -173,8 +172,62 @@ def _section(title: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   }
 
 
-def _distance(row: Mapping[str, Any]) -> float:
-  return row["frechet_distance"]
+def distance_of(row: Mapping[str, Any]) -> float:
+  """A result's Fréchet distance, whatever the features.
+
+  Raises:
+    UserError: it has none.
+  """
+  distance = next((row[key] for key in _DISTANCES if row.get(key) is not None), None)
+  if distance is None:
+    raise UserError(f"a result of {_model(row)} has no distance")
+  return distance
+
+
+def write_sweep(path: Path, field: str, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Writes the page of a sweep: distance and Inception Score over the values, and the best point.
+
+  Args:
+    rows: results with `sweep = {"field", "value"}`, of one protocol.
+  """
+  rows = sorted(rows, key=lambda row: row["sweep"]["value"])
+  best = min(rows, key=distance_of)
+  values = [row["sweep"]["value"] for row in rows]
+  curves = [("Fréchet distance", [distance_of(row) for row in rows])]
+  other = [
+    (heading, [row[key] for row in rows])
+    for key, heading in (
+      ("inception_score", "Inception Score"),
+      ("class_agreement", "class agreement"),
+      ("precision", "precision"),
+      ("recall", "recall"),
+    )
+    if all(row.get(key) is not None for row in rows)
+  ]
+  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+  html = environment.from_string(report.HEAD + _SWEEP).render(
+    title=f"Sweep of {field}",
+    group=_group(best),
+    field=field,
+    best=f"{best['sweep']['value']:g}",
+    distance=f"{distance_of(best):.3f}",
+    headings=[heading for heading, _ in (*curves, *other)],
+    table=[
+      (f"{value:g}", row is best, [f"{numbers[i]:.3f}" for _, numbers in (*curves, *other)])
+      for i, (value, row) in enumerate(zip(values, rows, strict=True))
+    ],
+    plots=[
+      {
+        "title": heading,
+        "svg": report.curve(
+          field, heading, values, numbers, best=values.index(best["sweep"]["value"])
+        ),
+      }
+      for heading, numbers in (*curves, *other)
+    ],
+  )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_atomically(path, html)
 
 
 _BODY = """<body>
@@ -236,6 +289,37 @@ a bootstrap over the draw of the generated images; numbers of two tables are not
 <dt>{{ name }}</dt><dd>{{ version }}</dd>
 {% endfor %}
 </dl>
+</body>
+</html>
+"""
+_SWEEP = """<body>
+<h1>{{ title }}</h1>
+<p>{{ group }}</p>
+<div class="cards"><div class="card student"><h3>Best: {{ field }}</h3><b>{{ best }}</b>
+<span class="soft">distance {{ distance }}</span></div></div>
+<div class="plots quality below">
+{% for plot in plots %}
+<figure><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}</figure>
+{% endfor %}
+</div>
+<div class="scroll below">
+<table>
+<thead><tr><th>{{ field }}</th>
+{% for heading in headings %}
+<th>{{ heading }}</th>
+{% endfor %}
+</tr></thead>
+<tbody>
+{% for value, is_best, cells in table %}
+<tr class="{{ 'student' if is_best }}"><td>{{ value }}</td>
+{% for cell in cells %}
+<td>{{ cell }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
 </body>
 </html>
 """

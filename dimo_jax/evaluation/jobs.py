@@ -23,7 +23,6 @@ from dimo_jax.evaluation.extraction import (
   accumulate,
   image_batches,
 )
-from dimo_jax.evaluation.generation import sample_images
 from dimo_jax.evaluation.image_sets import ImageSet, open_images
 from dimo_jax.evaluation.inception import Inception
 from dimo_jax.evaluation.published import PublishedProtocol
@@ -34,23 +33,20 @@ from dimo_jax.evaluation.references import (
   write_arrays,
 )
 from dimo_jax.preemption import STOP
-from dimo_jax.samplers import Sampler
-from dimo_jax.sharding import check_batch, shard_batch
-from dimo_jax.state import NetworkState
+from dimo_jax.sharding import check_batch
 from dimo_jax.types import Array, Bool, Float, Int, UInt8, UserError
 from dimo_jax.writers import say
 
 __all__ = [
   "Generator",
   "Judge",
-  "NetworkGenerator",
   "check_generator",
   "evaluate_generator",
   "evaluate_images",
   "make_statistics",
 ]
 
-_NUM_PICTURES, _PICTURE_COLUMNS = 40, 10
+_NUM_PICTURES = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +151,15 @@ def _finish(
 ) -> None:
   """Saves the first pictures beside the results, then the row."""
   file = Path(f"{state_path.name.removesuffix('.partial.npz')}.png")
-  grid = pictures.grid(shown.astype(np.float32) / 127.5 - 1, _PICTURE_COLUMNS)
+  grid = pictures.tile(shown)
   pictures.save_png(out.with_name(file.name), grid)
   row["pictures"] = file.name
   scoring.append_row(out, row)
   state_path.unlink(missing_ok=True)
   say(json.dumps(dict(row)))
+
+
+Images = Float[np.ndarray | Array, "b h w c"] | UInt8[np.ndarray | Array, "b h w c"]
 
 
 @runtime_checkable
@@ -172,6 +171,8 @@ class Generator(Protocol):
     image_shape: (height, width, channels); None where it makes no pictures.
     num_classes: class ids are 0 .. num_classes - 1.
     settings: how it samples, for the result: plain values, `steps` among them.
+    rounding: the key of ROUNDINGS by which its images are levels already; None where it makes
+      floats.
   """
 
   @property
@@ -186,43 +187,12 @@ class Generator(Protocol):
   @property
   def settings(self) -> Mapping[str, Any]: ...
 
-  def batch(self, labels: Int[np.ndarray, " b"], seed: int, start: int) -> Float[Array, "b h w c"]:
-    """Images in [-1, 1] of the classes at positions start .. start + b - 1 of the whole set."""
+  @property
+  def rounding(self) -> str | None: ...
+
+  def batch(self, labels: Int[np.ndarray, " b"], seed: int, start: int) -> Images:
+    """Images of the classes at positions start .. start + b - 1: floats in [-1, 1], or levels."""
     ...
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class NetworkGenerator:
-  """A network under a sampler; the batch that begins at `start` is drawn with
-  `fold_in(key(seed), start // b)`.
-  """
-
-  name: str
-  sampler: Sampler
-  tokenizer: Any
-  network: NetworkState
-  num_classes: int
-  mesh: jax.sharding.Mesh
-
-  @property
-  def image_shape(self) -> tuple[int, ...] | None:
-    """What the tokenizer decodes to."""
-    return self.tokenizer.image_shape
-
-  @property
-  def settings(self) -> dict[str, Any]:
-    """The sampler's."""
-    plain = (bool, int, float, str, type(None), tuple, list)
-    assert dataclasses.is_dataclass(self.sampler)
-    fields = {f.name: getattr(self.sampler, f.name) for f in dataclasses.fields(self.sampler)}
-    fields = {k: v for k, v in fields.items() if isinstance(v, plain)}
-    return {**fields, "name": self.sampler.name, "steps": self.sampler.num_steps}
-
-  def batch(self, labels: Int[np.ndarray, " b"], seed: int, start: int) -> Float[Array, "b h w c"]:
-    """Starts a batch."""
-    key = jax.random.fold_in(jax.random.key(seed), start // len(labels))
-    condition = {"class_id": shard_batch(labels, self.mesh)}
-    return sample_images(self.sampler, self.tokenizer, self.network, condition, key)[0]
 
 
 class _GeneratedBatches:
@@ -264,9 +234,12 @@ class _GeneratedBatches:
 
 @functools.partial(jax.jit, static_argnames="protocol")
 def _levels(
-  images: Float[Array, "b h w c"], protocol: PublishedProtocol
+  images: Images, protocol: PublishedProtocol
 ) -> tuple[UInt8[Array, "b h w c"], Bool[Array, ""]]:
-  return protocol.levels(images), jnp.isfinite(images).all()
+  """Levels, and whether all images are finite."""
+  if images.dtype == np.uint8:
+    return jnp.asarray(images), jnp.array(True)
+  return protocol.levels(jnp.asarray(images)), jnp.isfinite(images).all()
 
 
 def evaluate_generator(
@@ -281,6 +254,9 @@ def evaluate_generator(
     UserError: images of another size or classes than the protocol's; pixels that are not finite.
     Preempted: a signal came; the same call goes on.
   """
+  if generator.rounding is not None:
+    protocol = dataclasses.replace(judge.protocol, rounding=generator.rounding)
+    judge = dataclasses.replace(judge, protocol=protocol)
   check_generator(judge.protocol, generator)
   settings = dict(generator.settings)
   full = {

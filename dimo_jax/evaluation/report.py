@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from dimo_jax.types import UserError
 from dimo_jax.writers import write_atomically
 
-__all__ = ["HEAD", "console_table", "embed", "quality_plots", "versions", "write_report"]
+__all__ = ["HEAD", "console_table", "curve", "embed", "quality_plots", "versions", "write_report"]
 
 Row = Mapping[str, Any]
 
@@ -244,6 +244,14 @@ def quality_plots(results: Sequence[Row]) -> list[dict[str, str]]:
     axes.set_ylim(bottom=0)
     plots.append({"title": title, "svg": _svg(figure, axes, title)})
   return plots
+
+
+def curve(x_label: str, title: str, x: Sequence[float], y: Sequence[float], *, best: int) -> str:
+  """One line over numbers as inline SVG, its best point starred."""
+  figure, axes = _figure(x_label, title)
+  axes.plot(x, y, color=SERIES[0], marker="o", markersize=5)
+  axes.plot(x[best], y[best], color=SERIES[1], marker="*", markersize=12)
+  return _svg(figure, axes, title, legend=False)
 
 
 def _curve_plots(curves: Mapping[str, Sequence[Row]]) -> list[dict[str, str]]:

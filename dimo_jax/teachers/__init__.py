@@ -11,15 +11,18 @@ from dimo_jax.models.edm import EDMPrecond, VPPrecond
 from dimo_jax.models.mask_transformer import MaskTransformer
 from dimo_jax.models.mlp import DenoisingMLP
 from dimo_jax.models.unet import ADM, SongUNet
+from dimo_jax.models.vqgan import VQGAN
 from dimo_jax.processes.gaussian import PROCESSES
 from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.teachers.tokenizers import NoTokenizer, PatchTokenizer, PixelTokenizer, Tokenizer
+from dimo_jax.teachers.vqgan import VQGANTokenizer
 from dimo_jax.types import UserError, choose
 
 __all__ = ["DENOISERS", "TEACHERS", "TOKENIZERS", "Teacher", "build_teacher", "build_tokenizer"]
 
 Teacher = MaskedTeacher | GaussianTeacher
+ImageShape = tuple[int, int, int]
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DENOISERS: dict[str, type[ADM] | type[SongUNet] | type[DenoisingMLP]] = {
@@ -83,24 +86,67 @@ TEACHERS: dict[str, Callable[[ml_collections.ConfigDict, Tokenizer], Teacher]] =
   "maskgit": _maskgit,
   "edm": _edm,
 }
-TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
-  "patch": PatchTokenizer,
-  "pixels": PixelTokenizer,
-  "none": NoTokenizer,
+
+
+def _patch(config: ml_collections.ConfigDict, image_shape: ImageShape | None) -> PatchTokenizer:
+  if image_shape is None:
+    raise UserError("tokenizer.name='patch' needs a data set with images")
+  return PatchTokenizer(image_shape, **pick(PatchTokenizer, config.tokenizer))
+
+
+def _pixels(config: ml_collections.ConfigDict, image_shape: ImageShape | None) -> PixelTokenizer:
+  if image_shape is None:
+    raise UserError(
+      f"tokenizer.name='pixels' needs images, and data.name={config.data.name!r} has none"
+    )
+  return PixelTokenizer(image_shape)
+
+
+def _vqgan(config: ml_collections.ConfigDict, image_shape: ImageShape | None) -> VQGANTokenizer:
+  fields = config.tokenizer
+  network = VQGAN(
+    resolution=fields.grid_size * fields.patch_size,
+    dtype=choose(_DTYPES, config.precision.compute_dtype, "precision.compute_dtype"),
+    **pick(VQGAN, fields),
+  )
+  tokenizer = VQGANTokenizer(network, fields.path)
+  halvings = len(network.channel_mult) - 1
+  if fields.patch_size != 2**halvings:
+    raise UserError(
+      f"tokenizer.patch_size={fields.patch_size} must be {2**halvings}, as"
+      f" tokenizer.channel_mult={network.channel_mult} halves the image {halvings} times"
+    )
+  if image_shape not in (None, tokenizer.image_shape):
+    raise UserError(
+      f"tokenizer.grid_size={fields.grid_size} times tokenizer.patch_size={fields.patch_size} makes"
+      f" images of shape {tokenizer.image_shape}; those of data.name={config.data.name!r} have"
+      f" {image_shape}"
+    )
+  return tokenizer
+
+
+def _none(config: ml_collections.ConfigDict, image_shape: ImageShape | None) -> NoTokenizer:
+  del image_shape
+  return NoTokenizer(**pick(NoTokenizer, config.tokenizer))
+
+
+TOKENIZERS: dict[str, Callable[[ml_collections.ConfigDict, ImageShape | None], Tokenizer]] = {
+  "patch": _patch,
+  "pixels": _pixels,
+  "vqgan": _vqgan,
+  "none": _none,
 }
 
 
-def build_tokenizer(
-  config: ml_collections.ConfigDict, image_shape: tuple[int, int, int] | None
-) -> Tokenizer:
+def build_tokenizer(config: ml_collections.ConfigDict, image_shape: ImageShape | None) -> Tokenizer:
   """The tokenizer that `config.tokenizer` names, for images of this shape (None: no images)."""
-  tokenizer = choose(TOKENIZERS, config.tokenizer.name, "tokenizer.name")
-  return tokenizer(
-    image_shape,
-    config.tokenizer.patch_size,
-    config.tokenizer.grid_size,
-    config.tokenizer.codebook_size,
-  )
+  make = choose(TOKENIZERS, config.tokenizer.name, "tokenizer.name")
+  if config.tokenizer.path and make is not _vqgan:
+    raise UserError(
+      f"tokenizer.path={config.tokenizer.path!r} is for tokenizer.name='vqgan', and the config says"
+      f" {config.tokenizer.name!r}"
+    )
+  return make(config, image_shape)
 
 
 def build_teacher(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Teacher:

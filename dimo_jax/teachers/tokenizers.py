@@ -1,5 +1,6 @@
 """Tokenizers: images to grids of codes and back. Parameters are arguments, never captured."""
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ class Tokenizer(Protocol):
     grid: (height, width) in tokens, row-major.
     image_shape: (height, width, channels) of the images, in [-1, 1]; None where the tokenizer
       knows tokens only.
+    needs_images: whether its parameters are fitted on training images.
   """
 
   @property
@@ -28,8 +30,11 @@ class Tokenizer(Protocol):
   @property
   def image_shape(self) -> tuple[int, int, int] | None: ...
 
-  def fit(self, images: np.ndarray, seed: int) -> Params:
-    """Parameters fitted on training images [n, h, w, c]."""
+  @property
+  def needs_images(self) -> bool: ...
+
+  def fit(self, images: np.ndarray | None, seed: int) -> Params:
+    """Its parameters, on training images [n, h, w, c] where it needs them, else on None."""
     ...
 
   def encode(self, params: Params, images: Float[Array, "b h w c"], /) -> Array:
@@ -41,43 +46,50 @@ class Tokenizer(Protocol):
     ...
 
 
+@dataclasses.dataclass(frozen=True)
 class PatchTokenizer:
-  """Vector quantisation of square patches by k-means: the codebook is the whole of it."""
+  """Vector quantisation of square patches by k-means: the codebook is the whole of it.
 
-  def __init__(
-    self,
-    image_shape: tuple[int, int, int] | None,
-    patch_size: int,
-    grid_size: int,
-    codebook_size: int,
-  ):
-    """Raises UserError where the patches do not tile the image as the grid says."""
-    if image_shape is None:
-      raise UserError("tokenizer.name='patch' needs a data set with images")
-    height, width, _ = image_shape
-    if (height, width) != (grid_size * patch_size, grid_size * patch_size):
+  Attributes:
+    patch_size: pixels along a token's side.
+    grid_size: tokens along the image's side.
+  """
+
+  image_shape: tuple[int, int, int]
+  patch_size: int
+  grid_size: int
+  codebook_size: int
+
+  needs_images = True
+
+  def __post_init__(self):
+    height, width, _ = self.image_shape
+    side = self.grid_size * self.patch_size
+    if (height, width) != (side, side):
       raise UserError(
-        f"tokenizer.grid_size={grid_size} times tokenizer.patch_size={patch_size} must be the"
-        f" image's size, {height}x{width}"
+        f"tokenizer.grid_size={self.grid_size} times tokenizer.patch_size={self.patch_size} must be"
+        f" the image's size, {height}x{width}"
       )
-    if codebook_size < 2:
-      raise UserError(f"tokenizer.codebook_size={codebook_size} must be 2 or more")
-    self.image_shape = image_shape
-    self.patch_size = patch_size
-    self.codebook_size = codebook_size
-    self.grid = (grid_size, grid_size)
+    if self.codebook_size < 2:
+      raise UserError(f"tokenizer.codebook_size={self.codebook_size} must be 2 or more")
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """(height, width) in tokens."""
+    return self.grid_size, self.grid_size
 
   def _patches(self, images: Float[Array, "b h w c"]) -> Float[Array, "b l d"]:
     (rows, columns), p = self.grid, self.patch_size
     patches = images.reshape(-1, rows, p, columns, p, self.image_shape[-1])
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(len(images), rows * columns, -1)
 
-  def fit(self, images: np.ndarray, seed: int) -> Params:
+  def fit(self, images: np.ndarray | None, seed: int) -> Params:
     """{"codebook": float32 [codebook_size, patch_size^2 c]}, the same for the same seed.
 
     Raises:
       UserError: there are fewer distinct patches than codes.
     """
+    assert images is not None  # `needs_images`
     patches = np.asarray(self._patches(jnp.asarray(images)))
     patches = patches.reshape(-1, patches.shape[-1])
     num_distinct = len(np.unique(patches, axis=0))
@@ -104,30 +116,17 @@ class PatchTokenizer:
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *self.image_shape)
 
 
+@dataclasses.dataclass(frozen=True)
 class PixelTokenizer:
   """Images as they are, for teachers that model pixels: nothing is fitted or stored."""
 
+  image_shape: tuple[int, int, int]
+
   codebook_size = 0
   grid = (0, 0)
+  needs_images = False
 
-  def __init__(
-    self,
-    image_shape: tuple[int, int, int] | None,
-    patch_size: int,
-    grid_size: int,
-    codebook_size: int,
-  ):
-    """Takes the arguments of every tokenizer; only the shape counts.
-
-    Raises:
-      UserError: there are no images.
-    """
-    del patch_size, grid_size, codebook_size
-    if image_shape is None:
-      raise UserError("tokenizer.name='pixels' needs images, and data.name='labels' has none")
-    self.image_shape = image_shape
-
-  def fit(self, images: np.ndarray, seed: int) -> Params:
+  def fit(self, images: np.ndarray | None, seed: int) -> Params:
     """Nothing to fit."""
     del images, seed
     return {}
@@ -143,26 +142,24 @@ class PixelTokenizer:
     return jnp.clip(images, -1, 1)
 
 
+@dataclasses.dataclass(frozen=True)
 class NoTokenizer:
   """Tokens only, for training without pictures: it knows the grid and can neither encode nor
   decode.
   """
 
+  grid_size: int
+  codebook_size: int
+
   image_shape = None
+  needs_images = False
 
-  def __init__(
-    self,
-    image_shape: tuple[int, int, int] | None,
-    patch_size: int,
-    grid_size: int,
-    codebook_size: int,
-  ):
-    """Takes the arguments of every tokenizer; only the grid and the codebook size count."""
-    del image_shape, patch_size
-    self.grid = (grid_size, grid_size)
-    self.codebook_size = codebook_size
+  @property
+  def grid(self) -> tuple[int, int]:
+    """(height, width) in tokens."""
+    return self.grid_size, self.grid_size
 
-  def fit(self, images: np.ndarray, seed: int) -> Params:
+  def fit(self, images: np.ndarray | None, seed: int) -> Params:
     """Nothing to fit."""
     del images, seed
     return {}

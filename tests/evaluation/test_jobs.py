@@ -191,6 +191,7 @@ class Noise:
   image_shape: tuple = (SIDE, SIDE, 3)
   num_classes: int = 3
   name: str = "noise"
+  rounding: str | None = None
   settings = {"name": "noise", "steps": 2, "temperature": 1.0}  # noqa: RUF012
 
   def batch(self, labels, seed, start):

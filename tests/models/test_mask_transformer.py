@@ -35,7 +35,7 @@ def network(io):
 
 @pytest.fixture(scope="module")
 def params():
-  return maskgit.from_published(state_dict("01_masktransformer"))
+  return jax.device_put(maskgit.from_published(state_dict("01_masktransformer")))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,8 @@ def test_gradients(io, network, params, tokens, dropped_labels, scan_layers):
 
 def test_scanned_layers_give_the_same_logits(io, network, tokens, labels):
   scanned = network.clone(scan_layers=True)
-  params = maskgit.from_published(state_dict("01_masktransformer"), scan_layers=True)
+  published = state_dict("01_masktransformer")
+  params = jax.device_put(maskgit.from_published(published, scan_layers=True))
   made = jax.eval_shape(scanned.init, jax.random.key(0), tokens, labels)["params"]
   assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
   logits = jax.jit(scanned.apply)({"params": params}, tokens, labels)

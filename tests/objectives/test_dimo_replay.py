@@ -221,11 +221,10 @@ def replay(request, golden):
   specs, nets = {}, {}
   for net, num in (("generator", recording.num_generator), ("fake", recording.num_fake)):
     specs[net], tx = recording.optimizer(net, num)
-    params = maskgit.from_published(state_dict(f"{name}_init", f"{net}/"))
+    params = jax.device_put(maskgit.from_published(state_dict(f"{name}_init", f"{net}/")))
     nets[net] = teacher_kind.trained_state(params, tx, frozen)
-  teacher = teacher_kind.frozen_state(
-    maskgit.from_published(state_dict(f"{name}_init", "teacher/")), {}
-  )
+  teacher_params = maskgit.from_published(state_dict(f"{name}_init", "teacher/"))
+  teacher = teacher_kind.frozen_state(jax.device_put(teacher_params), {})
 
   generator_draws, fake_draws = recording.draws()
   unused = jax.tree.map(np.zeros_like, generator_draws[0])

@@ -32,9 +32,10 @@ from dimo_jax.optim import OptimizerSpec
 from dimo_jax.processes.gaussian import Edm, add_noise
 from dimo_jax.state import Nets, NetworkState
 from dimo_jax.step import distill_step
-from tests.helpers import NO_GAN, dmd2_fields, state_dict
+from tests.helpers import NO_GAN, dmd2_fields, head_tensors, perturbed, state_dict
 
 IMAGE_SHAPE = (16, 16, 3)
+HEAD = "cls_pred_branch."  # before the critic's published names
 EXACT = 2e-6  # of a parameter after an update, for 99.9 % of the elements
 NETWORK = EDMPrecond(
   ADM(
@@ -47,7 +48,6 @@ NETWORK = EDMPrecond(
     dropout=0.0,
   )
 )
-HEAD = "cls_pred_branch."
 
 
 def nhwc(array):
@@ -59,38 +59,6 @@ def labels(one_hot):
 
 
 # The networks.
-
-
-def normal(name, shape):
-  """The recorded rule for random weights."""
-  random = np.random.RandomState(zlib.crc32(name.encode()))
-  return random.standard_normal(shape).astype(np.float32)
-
-
-def perturbed(tensors, tag):
-  """Other weights than the teacher's: a tenth of each tensor's spread, and a floor."""
-  return {
-    key: w
-    if key.endswith("resample_filter")
-    else w + np.float32(0.1 * w.std(dtype=np.float64) + 0.01) * normal(f"{tag}/{key}", w.shape)
-    for key, w in tensors.items()
-  }
-
-
-def head_tensors(channels=64):
-  """The recorded rule for the critic's weights."""
-  shapes = {"0": (channels, channels, 4, 4), "3": (channels, channels, 4, 4)}
-  shapes["6"] = (1, channels, 1, 1)
-  tensors = {}
-  for layer in ("0", "1", "3", "4", "6"):
-    shape = shapes.get(layer, (channels,))
-    weight = normal(f"{HEAD}{layer}.weight", shape)
-    norm = len(shape) == 1
-    tensors[f"{layer}.weight"] = (
-      1 + np.float32(0.1) * weight if norm else weight / np.float32(np.prod(shape[1:]) ** 0.5)
-    )
-    tensors[f"{layer}.bias"] = np.float32(0.1) * normal(f"{HEAD}{layer}.bias", shape[:1])
-  return tensors
 
 
 def table_row(key, tensor):
@@ -140,7 +108,7 @@ def initial_params(name):
   tensors = state_dict("07_edm_dhariwal")
   if name != "teacher":
     tensors = perturbed(tensors, {"score": "fake_unet"}.get(name, name))
-  return edm.from_published(tensors, NETWORK)
+  return jax.device_put(edm.from_published(tensors, NETWORK))
 
 
 def initial_fake_params(has_critic):

@@ -41,7 +41,8 @@ def network():
     mlp_dim=128,
     scan_layers=True,
   )
-  return teacher(model, maskgit.from_published(state_dict("01_masktransformer"), scan_layers=True))
+  published = state_dict("01_masktransformer")
+  return teacher(model, jax.device_put(maskgit.from_published(published, scan_layers=True)))
 
 
 def sampler(**options):

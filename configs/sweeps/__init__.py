@@ -1,0 +1,1 @@
+"""Sweeps: settings run over several seeds, beside the presets they start from."""

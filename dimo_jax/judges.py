@@ -1,0 +1,323 @@
+"""Whatever `artifacts` can sample, before a judge: evaluations, sweeps, a training's watch."""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dimo_jax import artifacts, prepare
+from dimo_jax.data.sources import load_source
+from dimo_jax.evaluation import jobs, scoring
+from dimo_jax.evaluation.compare import distance_of, write_sweep
+from dimo_jax.evaluation.features import Classifier
+from dimo_jax.evaluation.protocols import PROTOCOLS, Reference
+from dimo_jax.evaluation.report import versions
+from dimo_jax.preemption import STOP
+from dimo_jax.recipe import Recipe
+from dimo_jax.types import Int, UInt8, UserError
+from dimo_jax.writers import say, write_atomically
+
+__all__ = [
+  "ArtifactGenerator",
+  "Evaluate",
+  "OwnJudge",
+  "own_judge",
+  "run_generator",
+  "sweep",
+  "watch",
+]
+
+# (generator, file of results, what identifies the weights) -> the row that was added to the file
+Evaluate = Callable[[jobs.Generator, Path, Mapping[str, Any]], dict[str, Any]]
+
+BEST_FILE = "best.json"  # the only file that a watch writes in a training's folder
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArtifactGenerator:
+  """An artifact as a judge wants it. Images are levels, rounded to the nearest.
+
+  Attributes:
+    source: what identifies the weights, for the result.
+    steps: of a teacher; None for its own number.
+  """
+
+  artifact: artifacts.Artifact
+  source: Mapping[str, Any]
+  steps: int | None = None
+  rounding = "nearest"
+
+  @property
+  def name(self) -> str:
+    """The artifact's, with the number of steps."""
+    return f"{self.artifact.name}, steps {self.settings['steps']}"
+
+  @property
+  def image_shape(self) -> tuple[int, int, int] | None:
+    """(height, width, channels); None without a decoder."""
+    return self.artifact.image_shape
+
+  @property
+  def num_classes(self) -> int:
+    """The artifact's."""
+    return self.artifact.num_classes
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """The sampler's fields, where it is known."""
+    steps = {"steps": self.steps or self.artifact.num_steps}
+    sampler = getattr(self.artifact, "sampler", None)
+    if sampler is None:
+      return {"name": "exported program", **steps}
+    plain = (bool, int, float, str, type(None), tuple, list)
+    fields = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler)}
+    return {k: v for k, v in fields.items() if isinstance(v, plain)} | {
+      "name": sampler.name,
+      **steps,
+    }
+
+  def batch(
+    self, labels: Int[np.ndarray, " b"], seed: int, start: int
+  ) -> UInt8[np.ndarray, "b h w c"]:
+    """The batch that begins at `start` is drawn with the seed `seed + start`."""
+    return self.artifact.sample(labels, seed + start, self.steps, batch_size=len(labels))
+
+
+def run_generator(
+  workdir: Path, *, best: bool = False, fields: Mapping[str, Any] | None = None
+) -> ArtifactGenerator:
+  """A workdir's student, newest or best, with other values of config fields if given.
+
+  Raises:
+    UserError: as `artifacts.read_run`, and for fields that do not exist.
+  """
+  run = artifacts.read_run(workdir, best=best)
+  parts = run.parts()
+  parts = dataclasses.replace(parts, recipe=parts.recipe.override(fields or {}))
+  source = {
+    "model": "student",
+    "checkpoint": str(workdir),
+    "step": run.step,
+    "training_seed": run.recipe.config.seed,
+    "teacher_sha256": run.teacher_sha256,
+  }
+  return ArtifactGenerator(artifacts.NetworkArtifact(parts), source)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnJudge:
+  """A protocol whose features are those of a classifier trained on the same data.
+
+  Attributes:
+    labels: of the reference split.
+    seed: of the generated images.
+    batch_size: images at once.
+  """
+
+  reference: Reference
+  labels: Int[np.ndarray, " n"]
+  seed: int
+  batch_size: int
+
+  def evaluate(
+    self, generator: jobs.Generator, out: Path, source: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Generates the protocol's images and evaluates them; adds the row to `out`, returns it.
+
+    Raises:
+      UserError: images of another size than the classifier's.
+      Preempted: a signal came.
+    """
+    protocol, classifier = self.reference.protocol, self.reference.classifier
+    labels = protocol.labels(self.labels)
+    if generator.image_shape != tuple(classifier.image_shape):
+      raise UserError(
+        f"{generator.name} has images {generator.image_shape}, protocol={protocol.name!r} is for"
+        f" {classifier.image_shape}"
+      )
+    size = min(self.batch_size, len(labels))
+    filled = np.resize(labels, -(-len(labels) // size) * size).astype(np.int32)
+    generator.batch(filled[:size], self.seed, 0)  # compiles
+    began = time.perf_counter()
+    batches = []
+    for start in range(0, len(filled), size):
+      levels = np.asarray(generator.batch(filled[start : start + size], self.seed, start))
+      batches.append(levels.astype(np.float32) / 127.5 - 1)
+      STOP.raise_if_set()
+    rate = len(filled) / (time.perf_counter() - began)
+    settings = dict(generator.settings)
+    row = {
+      "protocol": protocol.name,
+      **self.reference.evaluate(np.concatenate(batches)[: len(labels)], labels),
+      **source,
+      "sampler": settings,
+      "steps": settings["steps"],
+      "seed": self.seed,
+      "batch_size": size,
+      "images_per_second": rate,
+      "classifier_sha256": classifier.weight_hash(),
+      "versions": versions(),
+    }
+    scoring.append_row(out, row)
+    say(json.dumps(row))
+    return row
+
+
+def own_judge(name: str, workdir: Path, batch_size: int) -> OwnJudge:
+  """The judge of a protocol of `PROTOCOLS`, with the classifier and the data set of a workdir.
+
+  Raises:
+    UserError: no config or classifier there, or a training under another protocol.
+  """
+  recipe = Recipe.load(workdir)
+  config = recipe.config
+  if config.evaluation.protocol != name:
+    raise UserError(
+      f"protocol={name!r}: {workdir} was trained with evaluation.protocol="
+      f"{config.evaluation.protocol!r}"
+    )
+  protocol = PROTOCOLS[name]
+  source = load_source(
+    config.data.name,
+    protocol.reference_split,
+    config.data.path,
+    image_size=config.data.image_size,
+    tfds_name=config.data.tfds_name,
+  )
+  classifier = Classifier.load(workdir / "classifier" / "classifier.safetensors")
+  images, labels = prepare.load_arrays(source)
+  reference = protocol.reference(classifier, images, labels)
+  return OwnJudge(reference, labels, config.evaluation.seed, batch_size)
+
+
+def sweep(
+  evaluate: Evaluate,
+  load: Callable[[float], ArtifactGenerator],
+  field: str,
+  values: Sequence[float],
+  out: Path,
+) -> dict[str, Any]:
+  """Evaluates a network at each value of a sampling field; rows in `out`, the curve in `out`.html.
+
+  Returns:
+    The row with the lowest distance.
+  """
+  rows = []
+  for value in values:
+    generator = load(value)
+    source = {**generator.source, "sweep": {"field": field, "value": value}}
+    rows.append(evaluate(generator, out, source))
+  page = out.with_name(f"{out.name}.html")
+  write_sweep(page, field, rows)
+  best = min(rows, key=distance_of)
+  say(f"best: {field}={best['sweep']['value']:g}, distance {distance_of(best):.4f}; curve: {page}")
+  return best
+
+
+def watch(
+  evaluate: Evaluate,
+  workdir: Path,
+  protocol: str,
+  out: Path,
+  *,
+  every_seconds: float,
+  until: int = 0,
+) -> None:
+  """Evaluates every new checkpoint of a training once, and keeps a copy of the best.
+
+  A checkpoint is copied first, to the folder `out`.checkpoints, and evaluated there: the training
+  may delete its own meanwhile. The rows in `out` say what was done, so the same call goes on after
+  a kill. In `workdir` only `best.json` is written.
+
+  Args:
+    every_seconds: between two looks.
+    until: returns once this step, or a later one, is evaluated; 0: never.
+
+  Raises:
+    Preempted: a signal came.
+  """
+  copies = out.with_name(f"{out.name}.checkpoints")
+  skipped: set[int] = set()
+  while True:
+    rows = _rows_of(workdir, protocol, out)
+    done = {row["step"] for row in rows}
+    for step in sorted(_finished_steps(workdir) - done - skipped):
+      copy = copies / str(step)
+      if not _copy_checkpoint(workdir, step, copy):
+        continue
+      try:
+        generator = run_generator(copy)
+      except UserError as error:
+        say(f"watch: checkpoint {step} is skipped: {error}")
+        skipped.add(step)
+        continue
+      rows.append(evaluate(generator, out, {**generator.source, "checkpoint": str(workdir)}))
+      _keep_best(workdir, copies, rows)
+    if rows:
+      _keep_best(workdir, copies, rows)
+    if until and any(row["step"] >= until for row in rows):
+      return
+    waited = 0.0
+    while waited < every_seconds:
+      STOP.raise_if_set()
+      time.sleep(min(1.0, every_seconds - waited))
+      waited += 1.0
+    STOP.raise_if_set()
+
+
+def _rows_of(workdir: Path, protocol: str, out: Path) -> list[dict[str, Any]]:
+  if not out.exists():
+    return []
+  return [
+    row
+    for row in scoring.read_rows(out)
+    if row["protocol"] == protocol and row.get("checkpoint") == str(workdir) and "step" in row
+  ]
+
+
+def _finished_steps(workdir: Path) -> set[int]:
+  """Checkpoints under their final names: orbax renames a whole one."""
+  folder = workdir / "distill" / "checkpoints"
+  return {int(path.name) for path in folder.glob("*") if path.name.isdigit()}
+
+
+def _copy_checkpoint(workdir: Path, step: int, copy: Path) -> bool:
+  """A workdir of one checkpoint; False where the training has deleted it meanwhile."""
+  if copy.is_dir():
+    return True
+  temporary = copy.with_name(f"{copy.name}.tmp")
+  shutil.rmtree(temporary, ignore_errors=True)
+  checkpoint = Path("distill", "checkpoints", str(step))
+  try:
+    shutil.copytree(workdir / checkpoint, temporary / checkpoint)
+    for path in (Path("config.json"), Path("distill", "record.json")):
+      shutil.copy2(workdir / path, temporary / path)
+    if (workdir / "tokenizer").is_dir():
+      shutil.copytree(workdir / "tokenizer", temporary / "tokenizer")
+  except (FileNotFoundError, shutil.Error) as error:
+    if (workdir / checkpoint).is_dir():
+      raise UserError(f"{workdir} is no training's workdir: {error}") from error
+    shutil.rmtree(temporary, ignore_errors=True)
+    return False
+  temporary.rename(copy)
+  return True
+
+
+def _keep_best(workdir: Path, copies: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  """Leaves the copy of the best alone, and says in the training's folder which it is."""
+  best = min(rows, key=distance_of)
+  for copy in copies.glob("*"):
+    if copy.name != str(best["step"]) and any(copy.name == str(row["step"]) for row in rows):
+      shutil.rmtree(copy)
+  record = {
+    "step": best["step"],
+    "protocol": best["protocol"],
+    "distance": distance_of(best),
+    "copy": str((copies / str(best["step"])).absolute()),
+  }
+  write_atomically(workdir / BEST_FILE, json.dumps(record, indent=1))

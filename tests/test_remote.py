@@ -1,0 +1,211 @@
+"""Files on a hub, here a fake one on this machine, and in buckets."""
+
+import contextlib
+import functools
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import pytest
+from etils import epath
+
+from dimo_jax import remote
+from dimo_jax.types import UserError
+from tests.commands import ROOT
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FETCH = """
+import sys
+from dimo_jax.remote import local_path
+from dimo_jax.types import UserError
+try:
+  print(local_path(sys.argv[1]))
+except UserError as error:
+  print("UserError", error)
+"""
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+  """What huggingface_hub asks for: public files, one gated and one private repository."""
+
+  def __init__(self, files, requests, *arguments):
+    self.files, self.requests = files, requests
+    super().__init__(*arguments)
+
+  def do_HEAD(self):
+    self.answer(body=False)
+
+  def do_GET(self):
+    self.answer(body=True)
+
+  def answer(self, *, body):
+    token = self.headers.get("Authorization", "")
+    self.requests.append((self.command, self.path, token))
+    owner_repo, _, rest = self.path.lstrip("/").partition("/resolve/")
+    revision, _, file = rest.partition("/")
+    known = {repo for repo, _ in self.files}
+    if owner_repo == "owner/gated" and token != "Bearer hf_secret":
+      return self.refuse(403, "GatedRepo")
+    if owner_repo not in known or (owner_repo == "owner/private" and token != "Bearer hf_secret"):
+      return self.refuse(401, "RepoNotFound")
+    if revision not in ("main", "v2", COMMIT):
+      return self.refuse(404, "RevisionNotFound")
+    data = self.files.get((owner_repo, file))
+    if data is None:
+      return self.refuse(404, "EntryNotFound")
+    data += revision.encode() if revision == "v2" else b""
+    self.send_response(200)
+    self.send_header("X-Repo-Commit", COMMIT if revision != "v2" else COMMIT[::-1])
+    self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+    self.send_header("Content-Length", str(len(data)))
+    self.end_headers()
+    if body:
+      self.wfile.write(data)
+
+  def refuse(self, code, name):
+    self.send_response(code)
+    self.send_header("X-Error-Code", name)
+    self.send_header("X-Error-Message", name)
+    self.send_header("Content-Length", "0")
+    self.end_headers()
+
+  def log_message(self, *arguments):
+    pass
+
+
+@contextlib.contextmanager
+def serving():
+  """(endpoint, requests seen) of a hub with four files."""
+  files = {
+    ("owner/repo", "weights.bin"): b"weights",
+    ("owner/repo", "sub/folder/weights.bin"): b"deeper",
+    ("owner/gated", "weights.bin"): b"gated",
+    ("owner/private", "weights.bin"): b"private",
+  }
+  requests = []
+  handler = functools.partial(Hub, files, requests)
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+  thread = threading.Thread(target=server.serve_forever)
+  thread.start()
+  try:
+    yield f"http://127.0.0.1:{server.server_port}", requests
+  finally:
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def fetch(tmp_path):
+  """fetch(location, **environment) -> what a fresh process prints, its cache kept in between."""
+
+  def run(location, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    hub = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+      [sys.executable, "-c", FETCH, location],
+      env=clean | hub | environment,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    return result.stdout.splitlines()[-1]
+
+  return run
+
+
+def test_files_of_a_hub_are_fetched_once_and_kept(fetch):
+  with serving() as (endpoint, requests):
+    path = pathlib.Path(fetch("hf://owner/repo/weights.bin", HF_ENDPOINT=endpoint))
+    assert path.read_bytes() == b"weights"
+    deep = fetch("hf://owner/repo/sub/folder/weights.bin@main", HF_ENDPOINT=endpoint)
+    assert pathlib.Path(deep).read_bytes() == b"deeper"
+    other = fetch("hf://owner/repo/weights.bin@v2", HF_ENDPOINT=endpoint)
+    assert pathlib.Path(other).read_bytes() == b"weightsv2"
+    downloads = sum(command == "GET" for command, *_ in requests)
+    assert fetch("hf://owner/repo/weights.bin", HF_ENDPOINT=endpoint) == str(path)
+    assert sum(command == "GET" for command, *_ in requests) == downloads
+    private = fetch("hf://owner/private/weights.bin", HF_ENDPOINT=endpoint, HF_TOKEN="hf_secret")
+    assert pathlib.Path(private).read_bytes() == b"private"
+    count = len(requests)
+    offline = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "1"}
+    assert fetch("hf://owner/repo/weights.bin", **offline) == str(path)
+    assert "not in the cache" in fetch("hf://owner/gated/weights.bin", **offline)
+    assert len(requests) == count
+  assert "the hub cannot be reached" in fetch("hf://owner/repo/other.bin", HF_ENDPOINT=endpoint)
+
+
+@pytest.mark.parametrize(
+  ("location", "needle"),
+  [
+    ("hf://owner/none/weights.bin", "there is no owner/none, or it is private and HF_TOKEN"),
+    ("hf://owner/private/weights.bin", "there is no owner/private, or it is private and HF_TOKEN"),
+    ("hf://owner/gated/weights.bin", "owner/gated wants its terms accepted"),
+    ("hf://owner/repo/none.bin", "owner/repo has no file 'none.bin'"),
+    ("hf://owner/repo/weights.bin@v9", "owner/repo has no revision 'v9'"),
+    ("hf://ow ner/repo/weights.bin", "ow ner/repo"),
+  ],
+)
+def test_what_a_hub_refuses_is_one_line(fetch, location, needle):
+  with serving() as (endpoint, _):
+    line = fetch(location, HF_ENDPOINT=endpoint)
+  assert line.startswith("UserError") and location in line and needle in line
+
+
+@pytest.mark.parametrize(
+  "location", ["hf://", "hf://owner", "hf://owner/repo", "hf://owner/repo/", "hf://o/r/f@"]
+)
+def test_a_file_on_a_hub_has_three_parts(location):
+  with pytest.raises(UserError, match="hf://owner/repo/file"):
+    remote.local_path(location)
+
+
+def test_local_paths_stay_as_they_are(tmp_path):
+  assert remote.local_path(str(tmp_path)) == tmp_path
+  assert remote.local_path(tmp_path) == tmp_path
+  assert remote.local_path("weights@2.bin") == pathlib.Path("weights@2.bin")
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+  """A folder that `gs://bucket` stands for, and a cache of its own."""
+  folder, real = tmp_path / "bucket", epath.Path
+  folder.mkdir()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  monkeypatch.setattr(epath, "Path", lambda text: real(text.replace("gs://bucket", str(folder))))
+  return folder
+
+
+def test_files_of_a_bucket_are_kept_until_they_change(bucket):
+  (bucket / "teacher").mkdir()
+  weights = bucket / "teacher" / "weights.bin"
+  weights.write_bytes(b"first")
+  path = remote.local_path("gs://bucket/teacher/weights.bin")
+  assert path.read_bytes() == b"first" and bucket not in path.parents
+  stamp = path.stat().st_mtime_ns
+  assert remote.local_path("gs://bucket/teacher/weights.bin").stat().st_mtime_ns == stamp
+  weights.write_bytes(b"second")
+  assert remote.local_path("gs://bucket/teacher/weights.bin").read_bytes() == b"second"
+  (bucket / "teacher" / "config.json").write_text(json.dumps({}))
+  folder = remote.local_path("gs://bucket/teacher")
+  assert sorted(file.name for file in folder.iterdir()) == ["config.json", "weights.bin"]
+  assert (folder / "weights.bin").read_bytes() == b"second"
+
+
+def test_what_a_bucket_lacks_is_one_line(bucket):
+  with pytest.raises(UserError, match=r"gs://bucket/none does not exist"):
+    remote.local_path("gs://bucket/none")
+
+
+def test_a_bucket_without_its_package_says_which(monkeypatch):
+  def missing(text):
+    raise ImportError("Please install gcsfs to access Google Storage")
+
+  monkeypatch.setattr(epath, "Path", missing)
+  with pytest.raises(UserError, match=r"gs://b/x cannot be read: Please install gcsfs"):
+    remote.local_path("gs://b/x")
