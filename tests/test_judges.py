@@ -45,19 +45,17 @@ def test_a_checkpoint_under_its_own_protocol(workdir, checkpoint_row):
 
 
 def test_a_sweep_finds_its_best_point(workdir, checkpoint_row, tmp_path):
-  out = tmp_path / "sweep.jsonl"
-  run(
-    "sweep", workdir, "--protocol=debug", f"--out={out}", "--batch_size=48",
-    "--field=sampling.temperature", "--values=1,4",
-  )  # fmt: skip
+  out, own = tmp_path / "sweep.jsonl", checkpoint_row["sampler"]["temperature"]
+  options = ("--protocol=debug", f"--out={out}", "--batch_size=48")
+  run("sweep", workdir, *options, "--field=sampling.temperature", f"--values={own},9")
   rows = scoring.read_rows(out)
-  assert [row["sweep"]["value"] for row in rows] == [1.0, 4.0]
-  assert [row["sampler"]["temperature"] for row in rows] == [1.0, 4.0]
+  assert [row["sweep"]["value"] for row in rows] == [own, 9.0]
+  assert [row["sampler"]["temperature"] for row in rows] == [own, 9.0]
   distances = [row["frechet_distance"] for row in rows]
   assert distances[0] != distances[1]
   assert distances[0] == pytest.approx(checkpoint_row["frechet_distance"], rel=1e-6)
   page = (tmp_path / "sweep.jsonl.html").read_text()
-  assert f"<b>{[1, 4][int(np.argmin(distances))]}</b>" in page and page.count("<svg") >= 2
+  assert f"<b>{[own, 9][int(np.argmin(distances))]:g}</b>" in page and page.count("<svg") >= 2
 
 
 def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
@@ -80,7 +78,7 @@ def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
     return judge.evaluate(generator, path, source)
 
   def look(until):
-    judges.watch(counted, training, "debug", out, every_seconds=0, until=until)
+    judges.watch(counted, training, "debug", out, every_seconds=0.0, until=until)
 
   shutil.move(folder / str(steps[-1]), tmp_path / "later")
   look(steps[-2])
