@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from absl import logging
 
-from dimo_jax import artifacts, cli, judges, prepare, train
+from dimo_jax import cli, judges, prepare, train
 from dimo_jax.build import Experiment
 from dimo_jax.data.sources import load_source
 from dimo_jax.evaluation import compare, jobs
@@ -154,7 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--protocol", required=True, help=", ".join([*PUBLISHED, *PROTOCOLS]))
     sub.add_argument("--inception", default="", help="weights: a path, gs://... or hf://...")
     sub.add_argument("--out", required=True, type=Path, help="file that the result goes to")
-    sub.add_argument("--batch_size", type=int, default=0, help="default: 32 for each device")
+    sub.add_argument(
+      "--batch_size", type=int, default=0, help="default: 32 for each device, or the training's"
+    )
 
   def judged(sub: argparse.ArgumentParser) -> None:
     network(sub)
@@ -211,11 +212,7 @@ def _network(arguments: argparse.Namespace) -> tuple[Inception, Any, int]:
     raise UserError("inception='' must be the weights, pt_inception-2015-12-05-6726825d.pth")
   mesh = make_mesh()
   inception = Inception.load(local_path(arguments.inception))
-  return inception, mesh, _batch_size(arguments)
-
-
-def _batch_size(arguments: argparse.Namespace) -> int:
-  return arguments.batch_size or 32 * jax.device_count()
+  return inception, mesh, arguments.batch_size or 32 * mesh.size
 
 
 def _judge(arguments: argparse.Namespace) -> judges.Evaluate:
@@ -227,7 +224,7 @@ def _judge(arguments: argparse.Namespace) -> judges.Evaluate:
       f"protocol={arguments.protocol!r} has its own number of images, statistics and network"
     )
   workdir = Path(arguments.classifier_from or arguments.checkpoint)
-  return judges.own_judge(arguments.protocol, workdir, _batch_size(arguments)).evaluate
+  return judges.own_judge(arguments.protocol, workdir, arguments.batch_size).evaluate
 
 
 def _images(arguments: argparse.Namespace) -> None:
@@ -253,23 +250,17 @@ def _stats(arguments: argparse.Namespace) -> None:
   jobs.make_statistics(images, protocol, inception, mesh, arguments.out, batch_size=batch_size)
 
 
-def _load(arguments: argparse.Namespace, **fields: float) -> judges.ArtifactGenerator:
-  """The network, and where it comes from."""
-  place = Path(arguments.checkpoint)
-  if (place / "distill").is_dir() and not arguments.tokenizer:
-    return judges.run_generator(place, best=arguments.best, fields=fields)
-  if arguments.best:
-    raise UserError("--best is for workdirs, without --tokenizer")
-  tokenizer = arguments.tokenizer or None
-  artifact = artifacts.load(arguments.checkpoint, tokenizer=tokenizer, fields=fields)
-  model = "student" if artifact.role == "generator" else "teacher"
-  return judges.ArtifactGenerator(artifact, {"model": model, "checkpoint": arguments.checkpoint})
+def _load(arguments: argparse.Namespace, **fields: float) -> judges.AnyGenerator:
+  return judges.load_generator(
+    arguments.checkpoint, best=arguments.best, tokenizer=arguments.tokenizer, fields=fields
+  )
 
 
 def _checkpoint(arguments: argparse.Namespace) -> None:
   generator, evaluate_with = _load(arguments), _judge(arguments)
-  for steps in _numbers("steps", arguments.steps, int) or [None]:
-    taken = dataclasses.replace(generator, steps=steps)
+  steps = _numbers("steps", arguments.steps, int)
+  generators = [generator.with_steps(number) for number in steps] or [generator]
+  for taken in generators:
     evaluate_with(taken, arguments.out, taken.source)
 
 
@@ -278,7 +269,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
   if not values:
     raise UserError("values='' must be numbers such as 1,3,5")
 
-  def load(value: float) -> judges.ArtifactGenerator:
+  def load(value: float) -> judges.AnyGenerator:
     return _load(arguments, **{arguments.field: value})
 
   load(values[0])  # a mistyped field shows before anything is computed

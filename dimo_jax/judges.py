@@ -8,29 +8,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dimo_jax import artifacts, prepare
+from dimo_jax.checkpoint import params_hash
 from dimo_jax.data.sources import load_source
 from dimo_jax.evaluation import jobs, scoring
 from dimo_jax.evaluation.compare import distance_of, write_sweep
 from dimo_jax.evaluation.features import Classifier
+from dimo_jax.evaluation.generation import sample_images
 from dimo_jax.evaluation.protocols import PROTOCOLS, Reference
 from dimo_jax.evaluation.report import versions
 from dimo_jax.preemption import STOP
 from dimo_jax.recipe import Recipe
-from dimo_jax.types import Int, UInt8, UserError
+from dimo_jax.samplers import Sampler
+from dimo_jax.sharding import check_batch, make_mesh, replicated, shard_batch
+from dimo_jax.state import NetworkState
+from dimo_jax.teachers.tokenizers import Tokenizer
+from dimo_jax.types import Float, Int, UInt8, UserError
 from dimo_jax.writers import say, write_atomically
 
-__all__ = [
-  "ArtifactGenerator",
-  "Evaluate",
-  "OwnJudge",
-  "own_judge",
-  "run_generator",
-  "sweep",
-  "watch",
-]
+__all__ = ["Evaluate", "OwnJudge", "load_generator", "own_judge", "sweep", "watch"]
 
 # (generator, file of results, what identifies the weights) -> the row that was added to the file
 Evaluate = Callable[[jobs.Generator, Path, Mapping[str, Any]], dict[str, Any]]
@@ -39,27 +38,80 @@ BEST_FILE = "best.json"  # the only file that a watch writes in a training's fol
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ArtifactGenerator:
-  """An artifact as a judge wants it. Images are levels, rounded to the nearest.
+class NetworkGenerator:
+  """Weights with our own networks and samplers; the batch of b images that begins at `start` is
+  drawn with `fold_in(key(seed), start // b)`, as in a training's evaluation.
 
   Attributes:
     source: what identifies the weights, for the result.
-    steps: of a teacher; None for its own number.
+    network: on the devices.
   """
 
-  artifact: artifacts.Artifact
   source: Mapping[str, Any]
-  steps: int | None = None
-  rounding = "nearest"
+  sampler: Sampler
+  tokenizer: Tokenizer
+  network: NetworkState
+  num_classes: int
+  mesh: jax.sharding.Mesh
+  rounding = None
 
   @property
   def name(self) -> str:
-    """The artifact's, with the number of steps."""
-    return f"{self.artifact.name}, steps {self.settings['steps']}"
+    """Model, sampler and steps."""
+    return f"{self.source['model']}, {self.sampler.name}, {self.sampler.num_steps} steps"
 
   @property
   def image_shape(self) -> tuple[int, int, int] | None:
     """(height, width, channels); None without a decoder."""
+    return self.tokenizer.image_shape
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """The sampler's fields."""
+    assert dataclasses.is_dataclass(self.sampler)
+    plain = (bool, int, float, str, type(None), tuple, list)
+    fields = {f.name: getattr(self.sampler, f.name) for f in dataclasses.fields(self.sampler)}
+    fields = {k: v for k, v in fields.items() if isinstance(v, plain)}
+    return fields | {"name": self.sampler.name, "steps": self.sampler.num_steps}
+
+  def with_steps(self, steps: int) -> "NetworkGenerator":
+    """The same with another number of steps.
+
+    Raises:
+      UserError: a student, which has its own number, or none at all.
+    """
+    if self.source["model"] == "student" and steps != self.sampler.num_steps:
+      raise UserError(f"steps={steps} is for teachers; the student takes {self.sampler.num_steps}")
+    assert dataclasses.is_dataclass(self.sampler)
+    if steps == self.sampler.num_steps:
+      return self
+    return dataclasses.replace(self, sampler=dataclasses.replace(self.sampler, num_steps=steps))
+
+  def batch(
+    self, labels: Int[np.ndarray, " b"], seed: int, start: int
+  ) -> Float[np.ndarray, "b h w c"]:
+    """Images in [-1, 1]."""
+    key = jax.random.fold_in(jax.random.key(seed), start // len(labels))
+    condition = {"class_id": shard_batch(labels, self.mesh)}
+    return sample_images(self.sampler, self.tokenizer, self.network, condition, key, self.mesh)[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ProgramGenerator:
+  """An exported program: its images are levels, rounded to the nearest."""
+
+  source: Mapping[str, Any]
+  artifact: artifacts.Artifact
+  rounding = "nearest"
+
+  @property
+  def name(self) -> str:
+    """The artifact's."""
+    return self.artifact.name
+
+  @property
+  def image_shape(self) -> tuple[int, int, int] | None:
+    """(height, width, channels)."""
     return self.artifact.image_shape
 
   @property
@@ -69,44 +121,76 @@ class ArtifactGenerator:
 
   @property
   def settings(self) -> dict[str, Any]:
-    """The sampler's fields, where it is known."""
-    steps = {"steps": self.steps or self.artifact.num_steps}
-    sampler = getattr(self.artifact, "sampler", None)
-    if sampler is None:
-      return {"name": "exported program", **steps}
-    plain = (bool, int, float, str, type(None), tuple, list)
-    fields = {f.name: getattr(sampler, f.name) for f in dataclasses.fields(sampler)}
-    return {k: v for k, v in fields.items() if isinstance(v, plain)} | {
-      "name": sampler.name,
-      **steps,
-    }
+    """What is known of its sampler."""
+    return {"name": "exported program", "steps": self.artifact.num_steps}
+
+  def with_steps(self, steps: int) -> "ProgramGenerator":
+    """Itself.
+
+    Raises:
+      UserError: another number of steps than the program's.
+    """
+    if steps != self.artifact.num_steps:
+      raise UserError(f"steps={steps}: {self.name} is a program of {self.artifact.num_steps} steps")
+    return self
 
   def batch(
     self, labels: Int[np.ndarray, " b"], seed: int, start: int
   ) -> UInt8[np.ndarray, "b h w c"]:
     """The batch that begins at `start` is drawn with the seed `seed + start`."""
-    return self.artifact.sample(labels, seed + start, self.steps, batch_size=len(labels))
+    return self.artifact.sample(labels, seed + start, batch_size=len(labels))
 
 
-def run_generator(
-  workdir: Path, *, best: bool = False, fields: Mapping[str, Any] | None = None
-) -> ArtifactGenerator:
-  """A workdir's student, newest or best, with other values of config fields if given.
+AnyGenerator = NetworkGenerator | ProgramGenerator
+
+
+def load_generator(
+  path: str, *, best: bool = False, tokenizer: str = "", fields: Mapping[str, Any] | None = None
+) -> AnyGenerator:
+  """Whatever `artifacts.load` takes; of a workdir the student, newest or best.
+
+  Args:
+    tokenizer: a decoder of tokens, where the artifact holds none.
+    fields: other values of config fields, by dotted name.
 
   Raises:
-    UserError: as `artifacts.read_run`, and for fields that do not exist.
+    UserError: nothing there, no such fields, or options that do not go together.
   """
-  run = artifacts.read_run(workdir, best=best)
-  parts = run.parts()
-  parts = dataclasses.replace(parts, recipe=parts.recipe.override(fields or {}))
-  source = {
-    "model": "student",
-    "checkpoint": str(workdir),
-    "step": run.step,
-    "training_seed": run.recipe.config.seed,
-    "teacher_sha256": run.teacher_sha256,
-  }
-  return ArtifactGenerator(artifacts.NetworkArtifact(parts), source)
+  place = Path(path)
+  source: dict[str, Any] = {"checkpoint": path}
+  if (place / "distill").is_dir() and not tokenizer:
+    run = artifacts.read_run(place, best=best)
+    parts = run.parts()
+    parts = dataclasses.replace(parts, recipe=parts.recipe.override(fields or {}))
+    source |= {"step": run.step, "training_seed": run.recipe.config.seed}
+    source |= {"teacher_sha256": run.teacher_sha256}
+    return _network_generator(artifacts.NetworkArtifact(parts), source)
+  if best:
+    raise UserError("--best is for workdirs, without --tokenizer")
+  artifact = artifacts.load(path, tokenizer=tokenizer or None, fields=fields or None)
+  if isinstance(artifact, artifacts.NetworkArtifact):
+    return _network_generator(artifact, source)
+  return ProgramGenerator(source | {"model": _model(artifact)}, artifact)
+
+
+def _model(artifact: artifacts.Artifact) -> str:
+  return "student" if artifact.role == "generator" else "teacher"
+
+
+def _network_generator(
+  artifact: artifacts.NetworkArtifact, source: Mapping[str, Any]
+) -> NetworkGenerator:
+  weights, mesh = artifact.parts.weights, make_mesh()
+  network = artifact.models.teacher.frozen_state(weights["network"], weights["tokenizer"])
+  identity = {"model": _model(artifact), "weights_sha256": params_hash(weights["network"])}
+  return NetworkGenerator(
+    source={**source, **identity},
+    sampler=artifact.sampler,
+    tokenizer=artifact.models.tokenizer,
+    network=jax.device_put(network, replicated(mesh)),
+    num_classes=artifact.num_classes,
+    mesh=mesh,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +224,15 @@ class OwnJudge:
         f"{generator.name} has images {generator.image_shape}, protocol={protocol.name!r} is for"
         f" {classifier.image_shape}"
       )
-    size = min(self.batch_size, len(labels))
+    size = min(self.batch_size, -(-len(labels) // jax.device_count()) * jax.device_count())
     filled = np.resize(labels, -(-len(labels) // size) * size).astype(np.int32)
     generator.batch(filled[:size], self.seed, 0)  # compiles
     began = time.perf_counter()
     batches = []
     for start in range(0, len(filled), size):
-      levels = np.asarray(generator.batch(filled[start : start + size], self.seed, start))
-      batches.append(levels.astype(np.float32) / 127.5 - 1)
+      images = np.asarray(generator.batch(filled[start : start + size], self.seed, start))
+      levels = images.dtype == np.uint8
+      batches.append(images.astype(np.float32) / 127.5 - 1 if levels else images)
       STOP.raise_if_set()
     rate = len(filled) / (time.perf_counter() - began)
     settings = dict(generator.settings)
@@ -168,8 +253,11 @@ class OwnJudge:
     return row
 
 
-def own_judge(name: str, workdir: Path, batch_size: int) -> OwnJudge:
+def own_judge(name: str, workdir: Path, batch_size: int = 0) -> OwnJudge:
   """The judge of a protocol of `PROTOCOLS`, with the classifier and the data set of a workdir.
+
+  Args:
+    batch_size: images at once; 0: as in the training's own evaluation.
 
   Raises:
     UserError: no config or classifier there, or a training under another protocol.
@@ -192,12 +280,14 @@ def own_judge(name: str, workdir: Path, batch_size: int) -> OwnJudge:
   classifier = Classifier.load(workdir / "classifier" / "classifier.safetensors")
   images, labels = prepare.load_arrays(source)
   reference = protocol.reference(classifier, images, labels)
+  batch_size = batch_size or config.evaluation.batch_size
+  check_batch(batch_size, make_mesh(), "batch_size")
   return OwnJudge(reference, labels, config.evaluation.seed, batch_size)
 
 
 def sweep(
   evaluate: Evaluate,
-  load: Callable[[float], ArtifactGenerator],
+  load: Callable[[float], AnyGenerator],
   field: str,
   values: Sequence[float],
   out: Path,
@@ -251,7 +341,7 @@ def watch(
       if not _copy_checkpoint(workdir, step, copy):
         continue
       try:
-        generator = run_generator(copy)
+        generator = load_generator(str(copy))
       except UserError as error:
         say(f"watch: checkpoint {step} is skipped: {error}")
         skipped.add(step)

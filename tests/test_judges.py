@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from dimo_jax import artifacts, evaluate, judges
+from dimo_jax import evaluate, judges
 from dimo_jax.evaluation import scoring
 from dimo_jax.types import UserError
 from tests import commands
@@ -26,7 +26,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def checkpoint_row(workdir, tmp_path_factory):
   out = tmp_path_factory.mktemp("out") / "results.jsonl"
-  run("checkpoint", workdir, "--protocol=debug", f"--out={out}", "--batch_size=48")
+  run("checkpoint", workdir, "--protocol=debug", f"--out={out}")
   (row,) = scoring.read_rows(out)
   return row
 
@@ -34,19 +34,26 @@ def checkpoint_row(workdir, tmp_path_factory):
 def test_a_checkpoint_under_its_own_protocol(workdir, checkpoint_row):
   assert checkpoint_row["protocol"] == "debug" and checkpoint_row["model"] == "student"
   assert checkpoint_row["step"] == commands.NUM_STEPS and checkpoint_row["num_images"] == 96
-  judge = judges.own_judge("debug", workdir, 48)
-  artifact = artifacts.load(workdir)
-  labels = judge.reference.protocol.labels(judge.labels)
-  levels = [artifact.sample(labels[i : i + 48], judge.seed + i) for i in (0, 48)]
-  expected = judge.reference.evaluate(np.concatenate(levels) / 127.5 - 1, labels)
-  assert checkpoint_row["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=1e-4)
-  assert checkpoint_row["sampler"]["temperature"] == artifact.sampler.temperature
-  assert checkpoint_row["classifier_sha256"] == judge.reference.classifier.weight_hash()
+  (student,) = [row for row in commands.results(workdir) if row["model"] == "student"]
+  for name in ("frechet_distance", "class_agreement", "precision", "recall", "nearest_distance"):
+    assert checkpoint_row[name] == pytest.approx(student[name], rel=1e-4), name
+  assert checkpoint_row["classifier_sha256"] == student["classifier_sha256"]
+  assert checkpoint_row["sampler"]["r_init"] == 0.6 and checkpoint_row["steps"] == 1
+
+
+def test_a_teacher_over_steps(workdir, tmp_path):
+  out = tmp_path / "results.jsonl"
+  options = ("--protocol=debug", f"--out={out}", f"--classifier_from={workdir}", "--steps=1,2")
+  run("checkpoint", workdir / "teacher", *options)
+  rows = scoring.read_rows(out)
+  assert [(row["model"], row["steps"]) for row in rows] == [("teacher", 1), ("teacher", 2)]
+  assert rows[0]["frechet_distance"] != rows[1]["frechet_distance"]
+  assert rows[0]["weights_sha256"] == rows[1]["weights_sha256"]
 
 
 def test_a_sweep_finds_its_best_point(workdir, checkpoint_row, tmp_path):
   out, own = tmp_path / "sweep.jsonl", checkpoint_row["sampler"]["temperature"]
-  options = ("--protocol=debug", f"--out={out}", "--batch_size=48")
+  options = ("--protocol=debug", f"--out={out}")
   run("sweep", workdir, *options, "--field=sampling.temperature", f"--values={own},9")
   rows = scoring.read_rows(out)
   assert [row["sweep"]["value"] for row in rows] == [own, 9.0]
@@ -71,7 +78,7 @@ def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
   largest.write_bytes(b"x" * largest.stat().st_size)
   before = {p: p.stat().st_mtime_ns for p in training.rglob("*") if p.is_file()}
   seen = []
-  judge = judges.own_judge("debug", training, 48)
+  judge = judges.own_judge("debug", training)
 
   def counted(generator, path, source):
     seen.append(source["step"])
@@ -100,7 +107,7 @@ def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
   assert after == before  # nothing else was written in the training's folder
   left = {path.name for path in (out.parent / "results.jsonl.checkpoints").iterdir()}
   assert left - {damaged.name} == {str(best["step"])}
-  again = judges.run_generator(tmp_path / "watch" / "results.jsonl.checkpoints" / str(best["step"]))
+  again = judges.load_generator(record["copy"])
   assert again.source["step"] == best["step"]
 
 
