@@ -167,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--best", action="store_true", help="of a workdir: the best checkpoint")
     sub.add_argument("--tokenizer", default="", help="decoder of tokens, where it holds none")
     sub.add_argument("--classifier_from", default="", help="own protocols: the workdir with it")
+    sub.add_argument("--per_class", action="store_true", help="own protocols: also by class")
     judged(sub)
 
   sub = job("images", _images, "Evaluates a folder of images, or an .npz of them.")
@@ -218,13 +219,20 @@ def _network(arguments: argparse.Namespace) -> tuple[Inception, Any, int]:
 def _judge(arguments: argparse.Namespace) -> judges.Evaluate:
   """What evaluates a generator under any protocol."""
   if arguments.protocol not in PROTOCOLS:
+    if arguments.per_class:
+      raise UserError(
+        f"--per_class is not for protocol={arguments.protocol!r}: a class has fewer images than"
+        " Inception has features"
+      )
     return functools.partial(jobs.evaluate_generator, _published(arguments))
   if arguments.num_images or arguments.statistics or arguments.inception:
     raise UserError(
       f"protocol={arguments.protocol!r} has its own number of images, statistics and network"
     )
   workdir = Path(arguments.classifier_from or arguments.checkpoint)
-  return judges.own_judge(arguments.protocol, workdir, arguments.batch_size).evaluate
+  return judges.own_judge(
+    arguments.protocol, workdir, arguments.batch_size, per_class=arguments.per_class
+  ).evaluate
 
 
 def _images(arguments: argparse.Namespace) -> None:

@@ -18,8 +18,10 @@ from dimo_jax.evaluation import jobs, scoring
 from dimo_jax.evaluation.compare import distance_of, write_sweep
 from dimo_jax.evaluation.features import Classifier
 from dimo_jax.evaluation.generation import sample_images
+from dimo_jax.evaluation.metrics import frechet_distance
 from dimo_jax.evaluation.protocols import PROTOCOLS, Reference
 from dimo_jax.evaluation.report import versions
+from dimo_jax.evaluation.statistics import class_statistics
 from dimo_jax.preemption import STOP
 from dimo_jax.recipe import Recipe
 from dimo_jax.samplers import Sampler
@@ -201,12 +203,14 @@ class OwnJudge:
     labels: of the reference split.
     seed: of the generated images.
     batch_size: images at once.
+    per_class: adds `per_class`, the distance of every class to its own reference images.
   """
 
   reference: Reference
   labels: Int[np.ndarray, " n"]
   seed: int
   batch_size: int
+  per_class: bool = False
 
   def evaluate(
     self, generator: jobs.Generator, out: Path, source: Mapping[str, Any]
@@ -235,10 +239,11 @@ class OwnJudge:
       batches.append(images.astype(np.float32) / 127.5 - 1 if levels else images)
       STOP.raise_if_set()
     rate = len(filled) / (time.perf_counter() - began)
-    settings = dict(generator.settings)
+    settings, images = dict(generator.settings), np.concatenate(batches)[: len(labels)]
     row = {
       "protocol": protocol.name,
-      **self.reference.evaluate(np.concatenate(batches)[: len(labels)], labels),
+      **self.reference.evaluate(images, labels),
+      **({"per_class": self._per_class(images, labels)} if self.per_class else {}),
       **source,
       "sampler": settings,
       "steps": settings["steps"],
@@ -252,8 +257,19 @@ class OwnJudge:
     say(json.dumps(row))
     return row
 
+  def _per_class(
+    self, images: Float[np.ndarray, "n h w c"], labels: Int[np.ndarray, " n"]
+  ) -> dict[int, float]:
+    rounded = self.reference.protocol.round_images(images)
+    features, _ = self.reference.classifier.features_and_logits(rounded)
+    real = class_statistics(self.reference.features, self.labels)
+    generated = class_statistics(features, labels)
+    return {c: frechet_distance(real[c], generated[c]) for c in sorted(real.keys() & generated)}
 
-def own_judge(name: str, workdir: Path, batch_size: int = 0) -> OwnJudge:
+
+def own_judge(
+  name: str, workdir: Path, batch_size: int = 0, *, per_class: bool = False
+) -> OwnJudge:
   """The judge of a protocol of `PROTOCOLS`, with the classifier and the data set of a workdir.
 
   Args:
@@ -282,7 +298,7 @@ def own_judge(name: str, workdir: Path, batch_size: int = 0) -> OwnJudge:
   reference = protocol.reference(classifier, images, labels)
   batch_size = batch_size or config.evaluation.batch_size
   check_batch(batch_size, make_mesh(), "batch_size")
-  return OwnJudge(reference, labels, config.evaluation.seed, batch_size)
+  return OwnJudge(reference, labels, config.evaluation.seed, batch_size, per_class)
 
 
 def sweep(

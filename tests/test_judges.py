@@ -26,7 +26,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def checkpoint_row(workdir, tmp_path_factory):
   out = tmp_path_factory.mktemp("out") / "results.jsonl"
-  run("checkpoint", workdir, "--protocol=debug", f"--out={out}")
+  run("checkpoint", workdir, "--protocol=debug", f"--out={out}", "--per_class")
   (row,) = scoring.read_rows(out)
   return row
 
@@ -38,6 +38,8 @@ def test_a_checkpoint_under_its_own_protocol(workdir, checkpoint_row):
   for name in ("frechet_distance", "class_agreement", "precision", "recall", "nearest_distance"):
     assert checkpoint_row[name] == pytest.approx(student[name], rel=1e-4), name
   assert checkpoint_row["classifier_sha256"] == student["classifier_sha256"]
+  assert set(checkpoint_row["per_class"]) == {str(c) for c in range(10)}
+  assert min(checkpoint_row["per_class"].values()) > 0
   assert checkpoint_row["sampler"]["r_init"] == 0.6 and checkpoint_row["steps"] == 1
 
 
@@ -117,6 +119,7 @@ def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
     ("checkpoint W --protocol=digits --out=x", "was trained with evaluation.protocol='debug'"),
     ("checkpoint W --protocol=fid --out=x", "protocol='fid' is unknown"),
     ("checkpoint W --protocol=edm-imagenet64 --out=x", "statistics='' must be imagenet-64x64.npz"),
+    ("checkpoint W --protocol=edm-imagenet64 --out=x --per_class", "--per_class is not for"),
     ("checkpoint W --protocol=debug --out=x --num_images=5", "has its own number of images"),
     ("checkpoint W --protocol=debug --out=x --steps=a", "steps='a' must be numbers"),
     ("checkpoint W --protocol=debug --out=x --steps=4", "steps=4 is for teachers"),

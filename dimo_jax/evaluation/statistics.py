@@ -12,7 +12,7 @@ from scipy.special import log_softmax
 from dimo_jax.evaluation.metrics import FeatureStatistics
 from dimo_jax.types import Float, Int, UserError
 
-__all__ = ["RunningScore", "RunningStatistics"]
+__all__ = ["RunningScore", "RunningStatistics", "class_statistics"]
 
 BLOCK_ROWS = 256
 
