@@ -347,6 +347,7 @@ def watch(
   Raises:
     Preempted: a signal came.
   """
+  workdir = workdir.resolve()  # the rows name it
   copies = out.with_name(f"{out.name}.checkpoints")
   skipped: set[int] = set()
   while True:
