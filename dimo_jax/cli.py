@@ -23,22 +23,29 @@ def run(
   *,
   needs_config: bool = True,
 ) -> None:
-  """Parses the flags and runs a command; every way to fail has its line and its exit code.
+  """Parses the flags and runs a command; see `guarded`.
 
   Args:
     flag_values: a command's own flags, where they are not absl's global ones, and `config` one of
       them or not.
     needs_config: whether --config must be given.
   """
+  guarded(
+    lambda: app.run(
+      lambda argv: _checked(argv, dispatch, needs_config),
+      flags_parser=lambda argv: _parse_flags(argv, flag_values),
+    )
+  )
+
+
+def guarded(command: Callable[[], None]) -> None:
+  """Runs a command; every way to fail has its line and its exit code."""
   STOP.install()  # before the long imports: an early Ctrl-C would break into them
   keep_freed_memory()
   from dimo_jax.health import RunStopped, disk_is_full
 
   try:
-    app.run(
-      lambda argv: _checked(argv, dispatch, needs_config),
-      flags_parser=lambda argv: _parse_flags(argv, flag_values),
-    )
+    command()
   except (UserError, RunStopped) as error:
     sys.exit(_fail(error, BAD_INPUT if isinstance(error, UserError) else STOPPED))
   except Preempted as error:

@@ -1,18 +1,36 @@
-"""Evaluation of a workdir: teacher over several step counts, student, real data; the report."""
+"""Evaluation of a workdir's own protocol, and the command line of published ones.
 
+python -m dimo_jax.evaluate JOB --help
+"""
+
+import argparse
 import dataclasses
+import functools
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from dimo_jax import prepare, train
+from absl import logging
+
+from dimo_jax import cli, judges, prepare, train
 from dimo_jax.build import Experiment
+from dimo_jax.data.sources import load_source
+from dimo_jax.evaluation import compare, jobs
 from dimo_jax.evaluation.generation import encode_images
-from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.evaluation.image_sets import SourceImages, open_images
+from dimo_jax.evaluation.inception import Inception
+from dimo_jax.evaluation.protocols import PROTOCOLS, Reference
+from dimo_jax.evaluation.published import PUBLISHED
+from dimo_jax.evaluation.references import read_reference
 from dimo_jax.evaluation.report import console_table, versions, write_report
 from dimo_jax.hooks import evaluate_sampler, sampling_network
+from dimo_jax.remote import local_path
 from dimo_jax.samplers import Sampler
+from dimo_jax.sharding import make_mesh
 from dimo_jax.state import DistillState, NetworkState
+from dimo_jax.types import UserError, choose
 from dimo_jax.writers import read_metrics, say, write_atomically
 
 
@@ -61,6 +79,7 @@ def evaluate(
     rows.append({"model": model, "sampler": sampler.name, "steps": steps, **row})
     say(f"evaluation: {model} {sampler.name} {steps} steps: {row['frechet_distance']:.4f}")
   for row in rows:
+    row["protocol"] = reference.protocol.name
     row["seed"] = config.seed
     row["sampling_seed"] = config.evaluation.seed
     row["classifier_accuracy"] = reference.classifier.test_accuracy
@@ -114,3 +133,190 @@ def _report(
   )
   say(console_table(rows))
   say(f"results: {workdir / 'results.json'}\nreport: {path}")
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    raise UserError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = _Parser(prog="python -m dimo_jax.evaluate", allow_abbrev=False)
+  kinds = parser.add_subparsers(dest="job", required=True, metavar="JOB")
+
+  def job(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
+    sub = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+    sub.set_defaults(run=run)
+    return sub
+
+  def network(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--protocol", required=True, help=", ".join([*PUBLISHED, *PROTOCOLS]))
+    sub.add_argument("--inception", default="", help="weights: a path, gs://... or hf://...")
+    sub.add_argument("--out", required=True, type=Path, help="file that the result goes to")
+    sub.add_argument(
+      "--batch_size", type=int, default=0, help="default: 32 for each device, or the training's"
+    )
+
+  def judged(sub: argparse.ArgumentParser) -> None:
+    network(sub)
+    sub.add_argument("--statistics", default="", help=".npz to compare with: a path, gs://, hf://")
+    sub.add_argument("--num_images", type=int, default=0, help="another number; result says so")
+
+  def generated(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("checkpoint", help="export, workdir, teacher, or published weights")
+    sub.add_argument("--best", action="store_true", help="of a workdir: the best checkpoint")
+    sub.add_argument("--tokenizer", default="", help="decoder of tokens, where it holds none")
+    sub.add_argument("--classifier_from", default="", help="own protocols: the workdir with it")
+    sub.add_argument("--per_class", action="store_true", help="own protocols: also by class")
+    judged(sub)
+
+  sub = job("images", _images, "Evaluates a folder of images, or an .npz of them.")
+  sub.add_argument("images", help="folder or .npz file")
+  judged(sub)
+  sub = job("stats", _stats, "Makes a statistics file of real images.")
+  sub.add_argument("--source", required=True, help="folder, npz or tfds")
+  sub.add_argument("--path", default="", help="folder, .npz file, or tfds' data_dir")
+  sub.add_argument("--tfds_name", default="", help="tfds: the data set")
+  sub.add_argument("--split", default="train", help="tfds: train or test")
+  sub.add_argument("--crop", action="store_true", help="scale and crop to the protocol's size")
+  network(sub)
+  sub = job("checkpoint", _checkpoint, "Samples a network and evaluates the images.")
+  sub.add_argument("--steps", default="", help="of a teacher, as in 4,8,16")
+  generated(sub)
+  sub = job("sweep", _sweep, "Evaluates a network over values of a sampling setting.")
+  sub.add_argument("--field", required=True, help="such as sampling.temperature")
+  sub.add_argument("--values", required=True, help="such as 1,3,5,7")
+  generated(sub)
+  sub = job("watch", _watch, "Follows a training and evaluates each new checkpoint once.")
+  sub.add_argument("--every_seconds", type=float, default=60.0, help="between two looks")
+  sub.add_argument("--until", type=int, default=0, help="ends once this step is done; 0: never")
+  generated(sub)
+  sub = job("compare", _compare, "Writes one page that compares results.")
+  sub.add_argument("results", nargs="+", help="workdirs with results.json, or files of results")
+  sub.add_argument("--out", default="compare.html", type=Path)
+  return parser
+
+
+def _published(arguments: argparse.Namespace) -> jobs.Judge:
+  protocol = choose(PUBLISHED, arguments.protocol, "protocol")
+  if arguments.num_images:
+    protocol = protocol.with_images(arguments.num_images)
+  if not arguments.statistics:
+    raise UserError(f"statistics='' must be {protocol.statistics}, with protocol={protocol.name!r}")
+  reference = read_reference(local_path(arguments.statistics))
+  inception, mesh, batch_size = _network(arguments)
+  return jobs.Judge(protocol, reference, inception, mesh, batch_size)
+
+
+def _network(arguments: argparse.Namespace) -> tuple[Inception, Any, int]:
+  if not arguments.inception:
+    raise UserError("inception='' must be the weights, pt_inception-2015-12-05-6726825d.pth")
+  mesh = make_mesh()
+  inception = Inception.load(local_path(arguments.inception))
+  return inception, mesh, arguments.batch_size or 32 * mesh.size
+
+
+def _judge(arguments: argparse.Namespace) -> judges.Evaluate:
+  """What evaluates a generator under any protocol."""
+  if arguments.protocol not in PROTOCOLS:
+    if arguments.per_class:
+      raise UserError(
+        f"--per_class is not for protocol={arguments.protocol!r}: a class has fewer images than"
+        " Inception has features"
+      )
+    return functools.partial(jobs.evaluate_generator, _published(arguments))
+  if arguments.num_images or arguments.statistics or arguments.inception:
+    raise UserError(
+      f"protocol={arguments.protocol!r} has its own number of images, statistics and network"
+    )
+  workdir = Path(arguments.classifier_from or arguments.checkpoint)
+  return judges.own_judge(
+    arguments.protocol, workdir, arguments.batch_size, per_class=arguments.per_class
+  ).evaluate
+
+
+def _images(arguments: argparse.Namespace) -> None:
+  choose(PUBLISHED, arguments.protocol, "protocol")
+  images = open_images(arguments.images)
+  jobs.evaluate_images(_published(arguments), images, arguments.out)
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+  protocol = choose(PUBLISHED, arguments.protocol, "protocol")
+  choose(dict.fromkeys(("folder", "npz", "tfds")), arguments.source, "source")
+  size = protocol.image_size if arguments.crop else 0
+  if arguments.source == "tfds":
+    source = load_source(
+      "tfds", arguments.split, arguments.path, image_size=size, tfds_name=arguments.tfds_name
+    )
+    images: Any = SourceImages(source, f"{arguments.tfds_name} {arguments.split}")
+  else:
+    if Path(arguments.path).is_dir() != (arguments.source == "folder"):
+      raise UserError(f"path={arguments.path!r} is no {arguments.source}")
+    images = open_images(arguments.path, size)
+  inception, mesh, batch_size = _network(arguments)
+  jobs.make_statistics(images, protocol, inception, mesh, arguments.out, batch_size=batch_size)
+
+
+def _load(arguments: argparse.Namespace, **fields: float) -> judges.AnyGenerator:
+  return judges.load_generator(
+    arguments.checkpoint, best=arguments.best, tokenizer=arguments.tokenizer, fields=fields
+  )
+
+
+def _checkpoint(arguments: argparse.Namespace) -> None:
+  generator, evaluate_with = _load(arguments), _judge(arguments)
+  steps = _numbers("steps", arguments.steps, int)
+  generators = [generator.with_steps(number) for number in steps] or [generator]
+  for taken in generators:
+    evaluate_with(taken, arguments.out, taken.source)
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+  values = _numbers("values", arguments.values, float)
+  if not values:
+    raise UserError("values='' must be numbers such as 1,3,5")
+
+  def load(value: float) -> judges.AnyGenerator:
+    return _load(arguments, **{arguments.field: value})
+
+  load(values[0])  # a mistyped field shows before anything is computed
+  judges.sweep(_judge(arguments), load, arguments.field, values, arguments.out)
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+  judges.watch(
+    _judge(arguments),
+    Path(arguments.checkpoint),
+    arguments.protocol,
+    arguments.out,
+    every_seconds=arguments.every_seconds,
+    until=arguments.until,
+  )
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+  compare.write_comparison(arguments.out, [compare.load_results(p) for p in arguments.results])
+  say(f"comparison: {arguments.out}")
+
+
+def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+  try:
+    return [kind(part) for part in text.split(",")] if text else []
+  except ValueError as error:
+    raise UserError(f"{name}={text!r} must be numbers such as 4,8,16") from error
+
+
+def main() -> None:
+  """Runs the command line."""
+
+  def command() -> None:
+    arguments = _parser().parse_args(sys.argv[1:])
+    logging.set_verbosity(logging.FATAL)  # orbax logs errors before it raises them
+    arguments.run(arguments)
+
+  cli.guarded(command)
+
+
+if __name__ == "__main__":
+  main()

@@ -34,6 +34,7 @@ build
 recipe
 prepare
 hooks start artifacts
+judges
 train
 sample evaluate benchmark pairs study card
 export

@@ -103,11 +103,12 @@ class Reference:
       codebook_size: needed with tokens.
 
     Returns:
-      frechet_distance; frechet_distance_normalized (by the trace of the reference covariance,
-      comparable across feature networks); class_agreement, precision and recall in [0, 1];
-      token_entropy (nats; None without tokens); nearest_distance (median over images of the
-      Euclidean pixel distance to the nearest reference image, pixels in [-1, 1]); num_distinct
-      (different images after rounding); num_images.
+      frechet_distance; frechet_distance_low and _high (its 95 % interval over the draw of the
+      images, see `metrics.frechet_interval`); frechet_distance_normalized (by the trace of the
+      reference covariance, comparable across feature networks); class_agreement, precision and
+      recall in [0, 1]; token_entropy (nats; None without tokens); nearest_distance (median over
+      images of the Euclidean pixel distance to the nearest reference image, pixels in [-1, 1]);
+      num_distinct (different images after rounding); num_images.
 
     Raises:
       UserError: not finite, wrong shape, too few images for a full-rank covariance, labels or
@@ -118,9 +119,12 @@ class Reference:
     image_features, logits = self.classifier.features_and_logits(images)
     statistics = metrics.FeatureStatistics.from_features(image_features)
     frechet_distance = metrics.frechet_distance(self.statistics, statistics)
+    interval = metrics.frechet_interval(self.statistics, statistics, image_features)
     neighbors = metrics.precision_recall(self.features, image_features, self.protocol.num_neighbors)
     return {
       "frechet_distance": frechet_distance,
+      "frechet_distance_low": interval.low if interval else None,
+      "frechet_distance_high": interval.high if interval else None,
       "frechet_distance_normalized": frechet_distance / float(np.trace(self.statistics.covariance)),
       "class_agreement": metrics.class_agreement(logits, labels),
       "precision": neighbors.precision,

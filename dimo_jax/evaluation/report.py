@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from dimo_jax.types import UserError
 from dimo_jax.writers import write_atomically
 
-__all__ = ["console_table", "versions", "write_report"]
+__all__ = ["HEAD", "console_table", "curve", "embed", "quality_plots", "versions", "write_report"]
 
 Row = Mapping[str, Any]
 
@@ -140,9 +140,9 @@ def write_report(
     summary=_summary(results),
     columns=COLUMNS,
     rows=rows,
-    quality_plots=_quality_plots(results),
+    quality_plots=quality_plots(results),
     curve_plots=_curve_plots(curves),
-    pictures=[{"source": _embed(image), "caption": caption} for image, caption in grids],
+    pictures=[{"source": embed(image), "caption": caption} for image, caption in grids],
     config_text=config_text,
     versions=versions,
     notes=notes,
@@ -202,7 +202,7 @@ def _summary(results: Sequence[Row]) -> list[dict[str, str]]:
   return cards
 
 
-def _quality_plots(results: Sequence[Row]) -> list[dict[str, str]]:
+def quality_plots(results: Sequence[Row]) -> list[dict[str, str]]:
   """Fréchet distance against steps and against milliseconds per image."""
   series: dict[str, dict[int, list[Row]]] = {}
   for row in results:
@@ -244,6 +244,14 @@ def _quality_plots(results: Sequence[Row]) -> list[dict[str, str]]:
     axes.set_ylim(bottom=0)
     plots.append({"title": title, "svg": _svg(figure, axes, title)})
   return plots
+
+
+def curve(x_label: str, title: str, x: Sequence[float], y: Sequence[float], *, best: int) -> str:
+  """One line over numbers as inline SVG, its best point starred."""
+  figure, axes = _figure(x_label, title)
+  axes.plot(x, y, color=SERIES[0], marker="o", markersize=5)
+  axes.plot(x[best], y[best], color=SERIES[1], marker="*", markersize=12)
+  return _svg(figure, axes, title, legend=False)
 
 
 def _curve_plots(curves: Mapping[str, Sequence[Row]]) -> list[dict[str, str]]:
@@ -304,7 +312,12 @@ def _svg(figure: Figure, axes: Axes, title: str, legend: bool = True) -> str:
   return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
 
 
-def _embed(image: str | os.PathLike) -> str:
+def embed(image: str | os.PathLike) -> str:
+  """A PNG file as the address of an <img>.
+
+  Raises:
+    UserError: it cannot be read.
+  """
   try:
     data = Path(image).read_bytes()
   except OSError as error:
@@ -312,7 +325,8 @@ def _embed(image: str | os.PathLike) -> str:
   return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-TEMPLATE = """<!doctype html>
+# The beginning of a page, as a template that takes its title.
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -378,7 +392,10 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; fon
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 </style>
 </head>
-<body>
+"""
+TEMPLATE = (
+  HEAD
+  + """<body>
 <h1>{{ title }}</h1>
 {% if summary %}
 <div class="cards">
@@ -468,6 +485,7 @@ on the number of images.</p>
 </body>
 </html>
 """
+)
 
 
 def versions() -> dict[str, str]:

@@ -111,3 +111,81 @@ def test_num_distinct_counts_rows():
   tokens = np.array([[1, 2], [2, 1], [1, 2], [1, 1]])
   assert metrics.num_distinct(tokens) == 3
   assert metrics.num_distinct(tokens[:, :, None, None]) == 3
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("k", [3, 5])
+def test_closed_balls_match_torch_fidelity(arrays, name, k):
+  result = metrics.precision_recall(
+    arrays[f"{name}/features_1"], arrays[f"{name}/features_2"], k, "closed"
+  )
+  expected = arrays[f"{name}/torch_fidelity_prc_k{k}_precision_recall_f"][:2]
+  np.testing.assert_allclose(result[:2], expected, rtol=1e-7)
+
+
+def test_closed_balls_hold_their_edge():
+  real = np.array([[0.0], [1.0], [2.0], [10.0]])
+  fake = np.array([[-1.0], [0.5], [18.0]])
+  assert metrics.precision_recall(real, fake, k=1, balls="closed") == (1.0, 1.0, 4 / 3, 0.75)
+  with pytest.raises(types.UserError, match="balls='half'"):
+    metrics.precision_recall(real, fake, k=1, balls="half")
+
+
+@pytest.mark.parametrize("metric", ["precision_recall", "authenticity", "nearest_distances"])
+def test_many_features_by_matrix_product(arrays, monkeypatch, metric):
+  real, fake = arrays["full/features_1"], arrays["full/features_2"].copy()
+  fake[0] = real[3]
+  expected = getattr(metrics, metric)(real, fake)
+  monkeypatch.setattr(metrics, "DIRECT_FEATURES", 8)
+  np.testing.assert_allclose(getattr(metrics, metric)(real, fake), expected, rtol=1e-9, atol=0)
+
+
+KID = {"full": 90, "lowrank": 10, "small_dim": 20}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_kernel_distance_matches_golden(arrays, name):
+  a, b = (arrays[f"{name}/features_{i}"] for i in (1, 2))
+  result = metrics.kernel_distance(a, b, num_subsets=10, subset_size=KID[name])
+  expected = arrays[f"{name}/kid_mean_std_subsets10_size{KID[name]}_seed2020"]
+  np.testing.assert_allclose(result, expected, rtol=1e-6)
+
+
+def test_kernel_distance_of_the_whole_sets_matches_golden(arrays):
+  a, b = (arrays[f"full/features_{i}"][:180] for i in (1, 2))
+  result = metrics.kernel_distance(a, b, num_subsets=2, subset_size=180)
+  np.testing.assert_allclose(result.mean, arrays["full/mmd2_poly_unbiased_first_m"], rtol=1e-6)
+  assert result.std < 1e-9
+  with pytest.raises(types.UserError, match=r"2 \.\. 180"):
+    metrics.kernel_distance(a, b, subset_size=181)
+
+
+def test_authenticity_of_copies_and_of_new_images():
+  rng = np.random.default_rng(0)
+  train = rng.normal(size=(400, 8))
+  assert metrics.authenticity(train, train[:100] + 1e-3) == 0
+  assert 0.4 < metrics.authenticity(train, rng.normal(size=(400, 8))) < 0.7
+  line = np.array([[0.0], [1.0], [5.0]])
+  assert metrics.authenticity(line, np.array([[0.5], [5.0], [8.9], [9.1]])) == 0.25
+  with pytest.raises(types.UserError, match="at least 2"):
+    metrics.authenticity(line[:1], line)
+
+
+def test_the_interval_is_that_of_resampling_the_images():
+  rng = np.random.default_rng(0)
+  reference = metrics.FeatureStatistics.from_features(rng.normal(size=(5000, 3)))
+  features = rng.normal(size=(1500, 3)) * [1.0, 1.5, 0.5] + [0.3, 0, 0]
+  generated = metrics.FeatureStatistics.from_features(features)
+  distances = []
+  for _ in range(400):
+    again = features[rng.integers(0, 1500, 1500)]
+    again = metrics.FeatureStatistics.from_features(again)
+    distances.append(metrics.frechet_distance(reference, again))
+  width = np.quantile(distances, 0.975) - np.quantile(distances, 0.025)
+  interval = metrics.frechet_interval(reference, generated, features)
+  assert interval.high - interval.low == pytest.approx(width, rel=0.15)
+  assert interval.low < metrics.frechet_distance(reference, generated) < interval.high
+  part = metrics.frechet_interval(reference, generated, features[:500])
+  assert part.high - part.low == pytest.approx(width, rel=0.2)
+  few = metrics.FeatureStatistics.from_features(features[:3])
+  assert metrics.frechet_interval(reference, few, features[:3]) is None

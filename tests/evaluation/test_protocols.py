@@ -12,6 +12,8 @@ from dimo_jax.evaluation import features, metrics, protocols
 
 KEYS = {
   "frechet_distance",
+  "frechet_distance_low",
+  "frechet_distance_high",
   "frechet_distance_normalized",
   "class_agreement",
   "precision",
@@ -76,8 +78,12 @@ def test_evaluate_gathers_the_metrics(classifier, reference):
   distance = metrics.frechet_distance(a, b)
   neighbors = metrics.precision_recall(real_features, fake_features, 3)
   nearest = [np.sqrt(((reference.images - x) ** 2).sum((1, 2, 3)).min()) for x in rounded]
+  low, high = metrics.frechet_interval(a, b, fake_features)
+  assert low < distance < high
   expected = {
     "frechet_distance": distance,
+    "frechet_distance_low": low,
+    "frechet_distance_high": high,
     "frechet_distance_normalized": distance / np.trace(a.covariance),
     "class_agreement": np.mean(logits.argmax(1) == labels),
     "precision": neighbors.precision,

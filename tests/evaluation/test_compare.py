@@ -1,0 +1,163 @@
+"""The comparison page: tables by protocol, intervals, pictures, and how a browser shows it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dimo_jax import types
+from dimo_jax.evaluation import compare
+
+
+def published_row(model, steps, fid, **more):
+  row = {
+    "protocol": "edm-imagenet64",
+    "unverified": ["statistics"],
+    "departures": {},
+    "fid": fid,
+    "fid_low": fid - 0.1,
+    "fid_high": fid + 0.1,
+    "inception_score": 50.0,
+    "precision": 0.71,
+    "kid": None,
+    "num_images": 50_000,
+    "statistics_sha256": "a" * 64,
+    "inception_sha256": "b" * 64,
+    "model": model,
+    "sampler": {"name": "Heun", "guidance_scale": 1.0},
+    "steps": steps,
+    "images_per_second": 100.0 / steps,
+  }
+  return row | more
+
+
+@pytest.fixture
+def results(tmp_path):
+  """A file of published rows with a picture, and a workdir of the digits."""
+  Image.fromarray(np.zeros((200, 900, 3), np.uint8)).save(tmp_path / "first.png")
+  rows = [
+    published_row("teacher", 8, 3.5),
+    published_row("teacher", 16, 2.5),
+    published_row("student", 1, 2.75, pictures="first.png"),
+    published_row("student", 1, 9.5, departures={"num_images": 5000}),
+  ]
+  path = tmp_path / "edm.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  workdir = tmp_path / "digits"
+  (workdir / "distill" / "pictures").mkdir(parents=True)
+  Image.new("RGB", (90, 40)).save(workdir / "distill" / "pictures" / "step_0000007.png")
+  row = {"protocol": "digits", "classifier_sha256": "c" * 64, "images_per_second": None, "steps": 0}
+  row |= {"model": "real", "sampler": "test split", "frechet_distance": 2.66}
+  student = row | {"model": "student", "sampler": "one step", "steps": 1}
+  student |= {"frechet_distance": 3.33, "frechet_distance_low": 3.1, "frechet_distance_high": 3.6}
+  (workdir / "results.json").write_text(json.dumps([row, student]))
+  return [compare.load_results(p) for p in (path, workdir)]
+
+
+@pytest.fixture
+def page(tmp_path, results):
+  path = tmp_path / "page" / "compare.html"
+  compare.write_comparison(path, results)
+  return path
+
+
+def test_numbers_stand_with_their_own_kind(page):
+  text = page.read_text()
+  sections = re.findall(r"<h2>(.*?)</h2>(.*?)</section>", text, re.S)
+  titles = [title for title, _ in sections]
+  assert len(titles) == 3  # 50,000 images, 5000 images, digits
+  assert titles[0].startswith("edm-imagenet64 · statistics aaaaaaaa · network bbbbbbbb")
+  assert "unverified: statistics" in titles[0]
+  assert "not the protocol&#39;s: num_images=5000" in titles[1]
+  assert titles[2] == "digits · classifier cccccccc"
+  assert "9.500" not in sections[0][1] and "9.500" in sections[1][1]
+  assert "2.650 to 2.850" in sections[0][1] and "3.100 to 3.600" in sections[2][1]
+  best = re.findall(r'<tr class="student">(.*?)</tr>', sections[0][1], re.S)
+  assert len(best) == 1 and "2.500" in best[0]
+  assert "KID" not in sections[0][1] and "IS" in sections[0][1]
+  assert sections[0][1].count("<svg") == 2
+
+
+def test_the_page_needs_no_network(page):
+  text = page.read_text()
+  assert text.count("data:image/png;base64,") == 2
+  assert not re.findall(r"(?:src|href)=\"(?!data:|#)", text)
+
+
+def test_bad_results_are_one_line(tmp_path, results):
+  with pytest.raises(types.UserError, match="edm, edm: their names must differ"):
+    compare.write_comparison(tmp_path / "a.html", [results[0]] * 2)
+  for content, message in (("{}\n", "line 1, is no result"), ("x\n", "line 1, is no JSON")):
+    (tmp_path / "bad.jsonl").write_text(content)
+    with pytest.raises(types.UserError, match=message):
+      compare.load_results(tmp_path / "bad.jsonl")
+  with pytest.raises(types.UserError, match="cannot be read"):
+    compare.load_results(tmp_path / "none.jsonl")
+  with pytest.raises(types.UserError, match=r"no readable results\.json"):
+    compare.load_results(tmp_path)
+  (tmp_path / "bad.jsonl").write_text('{"protocol": "x"}\n')
+  with pytest.raises(types.UserError, match="has no distance"):
+    compare.write_comparison(tmp_path / "a.html", [compare.load_results(tmp_path / "bad.jsonl")])
+  assert not (tmp_path / "a.html").exists()
+
+
+# Written into the page: what a reader's browser makes of it, for the dumped document to tell.
+PROBE = """
+<script>
+const root = document.documentElement;
+const wide = [...document.querySelectorAll("body *")].filter(
+  e => !e.closest(".scroll, svg, pre") && e.getBoundingClientRect().right > innerWidth + 1);
+const images = [...document.images];
+root.dataset.width = innerWidth;
+root.dataset.overflow = root.scrollWidth - root.clientWidth;
+root.dataset.wide = wide.map(e => e.tagName).join(" ");
+root.dataset.images = images.filter(i => i.complete && i.naturalWidth > 0).length;
+root.dataset.plots = [...document.querySelectorAll("svg")].filter(
+  e => e.getBoundingClientRect().height > 100).length;
+root.dataset.fetched = performance.getEntriesByType("resource").filter(
+  e => !e.name.startsWith("data:")).length;
+</script>
+"""
+
+
+@pytest.mark.parametrize("width", [500, 1280])
+def test_a_browser_shows_it(page, width):
+  """Nothing sticks out at the narrowest window that headless Chromium opens, nor on a desktop."""
+  browser = shutil.which("chromium") or shutil.which("chromium-browser")
+  if browser is None:
+    assert "DIMO_NEED_CHROMIUM" not in os.environ, "chromium is not installed"
+    pytest.skip("chromium is not installed")
+  # In a frame, because a window cannot be as narrow as a phone.
+  frame = 390 if width == 500 else width
+  page.write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+  outer = page.with_name("outer.html")
+  outer.write_text(
+    f'<iframe id="f" src="compare.html" style="width:{frame}px;height:800px;border:0"></iframe>'
+    "<script>onload = () => { const d = document.getElementById('f').contentDocument;"
+    "Object.assign(document.documentElement.dataset, d.documentElement.dataset) }</script>"
+  )
+  command = [
+    browser,
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--allow-file-access-from-files",
+  ]
+  command += [f"--window-size={width},900", f"--user-data-dir={page.parent / 'profile'}"]
+  command += ["--virtual-time-budget=5000", "--dump-dom", outer.as_uri()]
+  run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+  found = dict(re.findall(r'data-(\w+)="([^"]*)"', run.stdout.partition("<head>")[0]))
+  assert found == {
+    "width": str(frame),
+    "overflow": "0",
+    "wide": "",
+    "images": "2",
+    "plots": found.get("plots"),
+    "fetched": "0",
+  }, run.stderr[-500:]
+  assert int(found["plots"]) >= 4

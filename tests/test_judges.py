@@ -1,0 +1,142 @@
+"""Sweeps, a training's watch, and the command line, on a tiny trained workdir."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from dimo_jax import evaluate, judges
+from dimo_jax.evaluation import scoring
+from dimo_jax.types import UserError
+from tests import commands
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return commands.reference(tmp_path_factory)
+
+
+def run(*arguments):
+  """A command without the process around it."""
+  parsed = evaluate._parser().parse_args([str(argument) for argument in arguments])
+  parsed.run(parsed)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_row(workdir, tmp_path_factory):
+  out = tmp_path_factory.mktemp("out") / "results.jsonl"
+  run("checkpoint", workdir, "--protocol=debug", f"--out={out}", "--per_class")
+  (row,) = scoring.read_rows(out)
+  return row
+
+
+def test_a_checkpoint_under_its_own_protocol(workdir, checkpoint_row):
+  assert checkpoint_row["protocol"] == "debug" and checkpoint_row["model"] == "student"
+  assert checkpoint_row["step"] == commands.NUM_STEPS and checkpoint_row["num_images"] == 96
+  (student,) = [row for row in commands.results(workdir) if row["model"] == "student"]
+  for name in ("frechet_distance", "class_agreement", "precision", "recall", "nearest_distance"):
+    assert checkpoint_row[name] == pytest.approx(student[name], rel=1e-4), name
+  assert checkpoint_row["classifier_sha256"] == student["classifier_sha256"]
+  assert set(checkpoint_row["per_class"]) == {str(c) for c in range(10)}
+  assert min(checkpoint_row["per_class"].values()) > 0
+  assert checkpoint_row["sampler"]["r_init"] == 0.6 and checkpoint_row["steps"] == 1
+
+
+def test_a_teacher_over_steps(workdir, tmp_path):
+  out = tmp_path / "results.jsonl"
+  options = ("--protocol=debug", f"--out={out}", f"--classifier_from={workdir}", "--steps=1,2")
+  run("checkpoint", workdir / "teacher", *options)
+  rows = scoring.read_rows(out)
+  assert [(row["model"], row["steps"]) for row in rows] == [("teacher", 1), ("teacher", 2)]
+  assert rows[0]["frechet_distance"] != rows[1]["frechet_distance"]
+  assert rows[0]["weights_sha256"] == rows[1]["weights_sha256"]
+
+
+def test_a_sweep_finds_its_best_point(workdir, checkpoint_row, tmp_path):
+  out, own = tmp_path / "sweep.jsonl", checkpoint_row["sampler"]["temperature"]
+  options = ("--protocol=debug", f"--out={out}")
+  run("sweep", workdir, *options, "--field=sampling.temperature", f"--values={own},9")
+  rows = scoring.read_rows(out)
+  assert [row["sweep"]["value"] for row in rows] == [own, 9.0]
+  assert [row["sampler"]["temperature"] for row in rows] == [own, 9.0]
+  distances = [row["frechet_distance"] for row in rows]
+  assert distances[0] != distances[1]
+  assert distances[0] == pytest.approx(checkpoint_row["frechet_distance"], rel=1e-6)
+  page = (tmp_path / "sweep.jsonl.html").read_text()
+  assert f"<b>{[own, 9][int(np.argmin(distances))]:g}</b>" in page and page.count("<svg") >= 2
+
+
+def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
+  training, out = tmp_path / "training", tmp_path / "watch" / "results.jsonl"
+  shutil.copytree(workdir, training)
+  folder = training / "distill" / "checkpoints"
+  steps = commands.checkpoint_steps(training / "distill")
+  assert len(steps) > 1
+  (folder / f"{steps[-1] + 6}.orbax-checkpoint-tmp").mkdir()  # one that is being written
+  damaged = folder / str(steps[-1] - 1)
+  shutil.copytree(folder / str(steps[-1]), damaged)
+  largest = max(damaged.rglob("*"), key=lambda path: path.stat().st_size)
+  largest.write_bytes(b"x" * largest.stat().st_size)
+  before = {p: p.stat().st_mtime_ns for p in training.rglob("*") if p.is_file()}
+  seen = []
+  judge = judges.own_judge("debug", training)
+
+  def counted(generator, path, source):
+    seen.append(source["step"])
+    return judge.evaluate(generator, path, source)
+
+  def look(until):
+    judges.watch(counted, training, "debug", out, every_seconds=0.0, until=until)
+
+  shutil.move(folder / str(steps[-1]), tmp_path / "later")
+  look(steps[-2])
+  assert seen == steps[:-1]
+  shutil.move(tmp_path / "later", folder / str(steps[-1]))
+  look(steps[-1])
+  assert seen == steps
+  look(steps[-1])  # after a restart
+  assert seen == steps
+
+  rows = scoring.read_rows(out)
+  assert [row["step"] for row in rows] == steps
+  assert {row["checkpoint"] for row in rows} == {str(training)}
+  best = min(rows, key=lambda row: row["frechet_distance"])
+  record = json.loads((training / judges.BEST_FILE).read_text())
+  assert record["step"] == best["step"] and record["distance"] == best["frechet_distance"]
+  after = {p: p.stat().st_mtime_ns for p in training.rglob("*") if p.is_file()}
+  del after[training / judges.BEST_FILE]
+  assert after == before  # nothing else was written in the training's folder
+  left = {path.name for path in (out.parent / "results.jsonl.checkpoints").iterdir()}
+  assert left - {damaged.name} == {str(best["step"])}
+  again = judges.load_generator(record["copy"])
+  assert again.source["step"] == best["step"]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ("checkpoint W --protocol=digits --out=x", "was trained with evaluation.protocol='debug'"),
+    ("checkpoint W --protocol=fid --out=x", "protocol='fid' is unknown"),
+    ("checkpoint W --protocol=edm-imagenet64 --out=x", "statistics='' must be imagenet-64x64.npz"),
+    ("checkpoint W --protocol=edm-imagenet64 --out=x --per_class", "--per_class is not for"),
+    ("checkpoint W --protocol=debug --out=x --num_images=5", "has its own number of images"),
+    ("checkpoint W --protocol=debug --out=x --steps=a", "steps='a' must be numbers"),
+    ("checkpoint W --protocol=debug --out=x --steps=4", "steps=4 is for teachers"),
+    ("checkpoint none --protocol=debug --out=x", "'none' does not exist"),
+    ("sweep W --protocol=debug --out=x --field=sampling.temp --values=1", "no such field"),
+    ("sweep W --protocol=debug --out=x --field=sampling.temperature --values=", "values=''"),
+    ("stats --source=web --path=W --protocol=edm-imagenet64 --out=x", "source='web' is unknown"),
+    ("stats --source=npz --path=W --protocol=edm-imagenet64 --out=x", "is no npz"),
+    ("images W --protocol=edm-imagenet64", "--out"),
+    ("images W --protocol=debug --out=x", "protocol='debug' is unknown"),
+    ("nothing", "invalid choice: 'nothing'"),
+  ],
+)
+def test_bad_commands_are_one_line(workdir, arguments, message, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  words = [word.replace("W", str(workdir)) for word in arguments.split()]
+  with pytest.raises(UserError) as error:
+    run(*words)
+  assert message in str(error.value) and "\n" not in str(error.value)
+  assert not list(tmp_path.iterdir())
