@@ -51,7 +51,7 @@ class Recipe:
     }
 
   @classmethod
-  def from_dict(cls, record: Mapping[str, Any], where: str) -> "Recipe":
+  def from_dict(cls, record: Any, where: str) -> "Recipe":
     """The inverse of `to_dict`, also after JSON.
 
     Raises:
