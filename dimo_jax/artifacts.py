@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -484,7 +485,7 @@ def _role(family: str) -> str:
 
 def _num_channels(network: Params) -> int:
   """Channels of the images of a converted denoiser."""
-  stems = [v for k, v in network.get("model", {}).items() if k.endswith("_conv")]
+  stems = [v for k, v in network.get("model", {}).items() if re.fullmatch(r"enc_\w+_conv", k)]
   return int(np.shape(stems[0]["kernel"])[2]) if stems else 3
 
 

@@ -134,7 +134,8 @@ def test_images_must_have_the_tokenizers_size():
 def test_a_teachers_own_tokenizer_must_be_of_the_same_kind(tmp_path):
   experiment = build(config())
   teacher = prepare.random_teacher(experiment)
-  prepare.save_teacher(tmp_path / "teacher.safetensors", teacher, {"codebook": np.ones((2, 2))}, {})
+  recipe, tokenizer = prepare.recipe(experiment), {"codebook": np.ones((2, 2))}
+  prepare.save_teacher(tmp_path / "teacher.safetensors", teacher, tokenizer, {}, recipe)
   given = config()
   given.teacher.path = str(tmp_path)
   experiment = build(given)

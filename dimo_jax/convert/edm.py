@@ -164,7 +164,7 @@ def from_published(state_dict: Mapping[str, np.ndarray], network: nn.Module) -> 
   keys.check(keys.shapes_of(state_dict), expected, f"this {type(network.model).__name__}")
   for name in sorted(filters):
     if not np.array_equal(state_dict[name], wanted):
-      raise UserError(f"{name} is not the filter of model.resample_filter")
+      raise UserError(f"{name} is not the filter of denoiser.resample_filter")
   flat = {
     path: np.array(_to_ours(state_dict[name], shapes[path]), np.float32, order="C")
     for name, path in names.items()

@@ -13,7 +13,7 @@ from configs import base
 from dimo_jax.build import build
 from dimo_jax.convert import __main__ as command
 from dimo_jax.convert import edm, files, maskgit
-from dimo_jax.prepare import load_teacher, save_teacher
+from dimo_jax.prepare import load_teacher, recipe, save_teacher
 from dimo_jax.types import UserError
 from tests import published
 from tests.commands import ROOT
@@ -141,7 +141,7 @@ def test_unfitting_teachers_are_refused_in_one_line(tmp_path, masked, continuous
     (masked, tmp_path / "foreign", "of no known family"),
     (masked, tmp_path / "small", "the file has model.num_layers=2, the config 3"),
     (masked, tmp_path / "nowhere", "does not exist"),
-    (masked, "hf://owner/repo", "write hf://owner/repo/file"),
+    (masked, "hf://owner/repo", "it is not in the cache"),
   ):
     with pytest.raises(UserError) as error:
       load_teacher(experiment, path)
@@ -154,7 +154,8 @@ def test_our_own_teachers_fit_whether_their_blocks_are_stacked_or_not(tmp_path, 
   expected = maskgit.from_published(tensors, scan_layers=True)
   for scan_layers in (False, True):
     network = maskgit.from_published(tensors, scan_layers=scan_layers)
-    save_teacher(tmp_path / "teacher.safetensors", network, {}, {"teacher.name": "maskgit"})
+    fields = {"teacher.name": "maskgit"}
+    save_teacher(tmp_path / "teacher.safetensors", network, {}, fields, recipe(masked))
     same(load_teacher(masked, tmp_path)[0], expected)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import multiprocessing
 import threading
@@ -105,24 +106,23 @@ def test_condition_shapes():
   assert batch["class_id"].dtype == np.int32
 
 
-class Meeting:
-  """A source whose every image waits until `num` threads ask for one."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Meeting(ArraySource):
+  """A source whose every image waits until several threads ask for one."""
 
-  def __init__(self, num):
-    self.source, self.barrier = numbered(50), threading.Barrier(num)
-
-  def __len__(self):
-    return len(self.source)
+  barrier: threading.Barrier
 
   def __getitem__(self, index):
     self.barrier.wait(timeout=10)
-    return self.source[index]
+    return super().__getitem__(index)
 
 
 def test_threads_read_at_once_and_keep_the_order():
   options = {"batch_size": 8, "seed": 3, "start_step": 2, "num_steps": 8}
   wanted = [ids_of(batch).tolist() for batch in image_batches(numbered(50), **options)]
-  several = image_batches(Meeting(4), num_threads=4, **options)
+  source = numbered(50)
+  fields = (source.levels, source.labels, source.num_classes, source.num_levels)
+  several = image_batches(Meeting(*fields, threading.Barrier(4)), num_threads=4, **options)
   assert [ids_of(batch).tolist() for batch in several] == wanted
 
 
