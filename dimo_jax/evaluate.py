@@ -5,12 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from dimo_jax import prepare, train
 from dimo_jax.build import Experiment
+from dimo_jax.distributed import on_first
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.evaluation.report import console_table, versions, write_report
 from dimo_jax.hooks import evaluate_sampler, sampling_network
 from dimo_jax.samplers import Sampler
+from dimo_jax.sharding import fetch
 from dimo_jax.state import DistillState, NetworkState
 from dimo_jax.writers import read_metrics, say, write_atomically
 
@@ -64,8 +69,7 @@ def evaluate(
     row["sampling_seed"] = config.evaluation.seed
     row["classifier_accuracy"] = reference.classifier.test_accuracy
     row["classifier_sha256"] = reference.classifier.weight_hash()
-  write_atomically(workdir / "results.json", json.dumps(rows, indent=1))
-  _report(experiment, workdir, rows, reference)
+  on_first(lambda: _write(experiment, workdir, rows, reference))
   return rows
 
 
@@ -73,12 +77,14 @@ def _tokens(experiment: Experiment, teacher: NetworkState, images: Any) -> tuple
   codebook_size = experiment.tokenizer.codebook_size
   if not codebook_size:
     return None, None
-  return experiment.tokenizer.encode(teacher.autoencoder, images), codebook_size
+  params = jax.tree.map(jnp.asarray, fetch(teacher.autoencoder))
+  return experiment.tokenizer.encode(params, images), codebook_size
 
 
-def _report(
+def _write(
   experiment: Experiment, workdir: Path, rows: list[dict[str, Any]], reference: Reference
 ) -> None:
+  write_atomically(workdir / "results.json", json.dumps(rows, indent=1))
   classifier = reference.classifier
   protocol = reference.protocol
   test_labels = experiment.source("test").labels

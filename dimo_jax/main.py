@@ -1,7 +1,9 @@
 """Command line: flags and dispatch. `python -m dimo_jax.main --config=configs/digits.py`."""
 
+import contextlib
 import fcntl
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -34,17 +36,16 @@ def _dispatch() -> None:
   # Imported here, so that a mistyped flag is answered before JAX starts.
   from dimo_jax import build, evaluate, pairs, sample, train
 
+  cli.join()
   experiment, workdir = build.build(cli.CONFIG.value), Path(_WORKDIR.value)
   STOP.raise_if_set()
   best = _CHECKPOINT.value == "best"
   if _MODE.value == "train":
-    _check_writable(workdir)
-    with _lock(workdir):
+    with _writable(workdir):
       train.train(experiment, workdir)
       evaluate.evaluate_workdir(experiment, workdir)
   elif _MODE.value == "pairs":
-    _check_writable(workdir)
-    with _lock(workdir):
+    with _writable(workdir):
       pairs.make_pairs(experiment, workdir, _NUM_PAIRS.value, _SEED.value, _OUT.value)
   elif _MODE.value == "evaluate":
     train.check_trained(workdir)
@@ -52,6 +53,18 @@ def _dispatch() -> None:
     evaluate.evaluate_workdir(experiment, workdir, best=best)
   else:
     sample.sample_workdir(experiment, workdir, _LABELS.value, _SEED.value, _OUT.value, best=best)
+
+
+@contextlib.contextmanager
+def _writable(workdir: Path) -> Iterator[None]:
+  """The workdir made, seen by every process, and locked by process 0 against other runs."""
+  from dimo_jax import distributed
+
+  _check_writable(workdir)
+  with contextlib.ExitStack() as stack:
+    distributed.on_first(lambda: stack.enter_context(_lock(workdir)))
+    distributed.check_shared(workdir)
+    yield
 
 
 def _check_writable(workdir: Path) -> None:

@@ -23,8 +23,10 @@ from dimo_jax.checkpoint import (
 )
 from dimo_jax.convert import edm, maskgit
 from dimo_jax.data.sources import Source
+from dimo_jax.distributed import exists, on_first
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
+from dimo_jax.sharding import fetch
 from dimo_jax.state import FirstStage, merge
 from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.types import Params, UserError
@@ -52,13 +54,14 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
   directory.mkdir(parents=True, exist_ok=True)
   check_record(directory, tokenizer_fields(experiment))
   path = directory / "tokenizer.safetensors"
-  if not path.exists():
+  if not exists(path):
     arrays, _ = load_arrays(experiment.source("train"))
     params = experiment.tokenizer.fit(arrays, config.seed)
     images = jnp.asarray(arrays)
     decoded = experiment.tokenizer.decode(params, experiment.tokenizer.encode(params, images))
     error = float(jnp.mean((decoded - images) ** 2))
-    save_params(path, params, {"name": config.tokenizer.name, "train_mse": error})
+    metadata = {"name": config.tokenizer.name, "train_mse": error}
+    on_first(lambda: save_params(path, params, metadata))
     if experiment.tokenizer.codebook_size:
       say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
   params, _ = load_params(path)
@@ -74,7 +77,7 @@ def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
   directory.mkdir(parents=True, exist_ok=True)
   check_record(directory, classifier_fields(experiment))
   path = directory / "classifier.safetensors"
-  if not path.exists():
+  if not exists(path):
     train, test = load_arrays(experiment.source("train")), load_arrays(experiment.source("test"))
     classifier = train_classifier(
       *train,
@@ -83,7 +86,7 @@ def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
       test_images=test[0],
       test_labels=test[1],
     )
-    classifier.save(path)
+    on_first(lambda: classifier.save(path))
   classifier = Classifier.load(path)
   say(
     f"classifier: test accuracy {classifier.test_accuracy:.4f},"
@@ -99,7 +102,8 @@ def random_teacher(experiment: Experiment) -> Params:
 
 def save_teacher(path: Path, network: Params, tokenizer: Params, fields: dict) -> None:
   """A finished teacher, network and tokenizer together, with what it was trained as."""
-  save_params(path, {"network": network, "tokenizer": tokenizer}, {"teacher": fields})
+  tree = fetch({"network": network, "tokenizer": tokenizer})
+  on_first(lambda: save_params(path, tree, {"teacher": fields}))
 
 
 def load_teacher(experiment: Experiment, path: Path) -> tuple[Params, Params | None]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from dimo_jax import train
 from dimo_jax.build import NUM_SEEDS, Experiment
+from dimo_jax.distributed import on_first
 from dimo_jax.evaluation import pictures
 from dimo_jax.evaluation.generation import generate
 from dimo_jax.hooks import sampling_network
@@ -68,10 +69,14 @@ def sample_workdir(
     batch_size=experiment.config.evaluation.batch_size,
     mesh=experiment.mesh,
   )
-  try:
-    pictures.save_png(out, pictures.grid(samples.images, min(len(labels), _NUM_COLUMNS)))
-  except OSError as error:
-    raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error
+
+  def write() -> None:
+    try:
+      pictures.save_png(out, pictures.grid(samples.images, min(len(labels), _NUM_COLUMNS)))
+    except OSError as error:
+      raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error
+
+  on_first(write)
   say(
     f"{len(labels)} pictures in {out}; {samples.images_per_second:.0f} images/s,"
     f" {time.perf_counter() - began:.1f} s with compilation"

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from dimo_jax.checkpoint import Checkpoints
 from dimo_jax.writers import WALL_CLOCK_FIELDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -122,9 +122,10 @@ def results(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def arrays(directory: pathlib.Path, step: int) -> dict[str, np.ndarray]:
-  """Every array of a stage's checkpoint, by path."""
-  with ocp.StandardCheckpointer() as checkpointer:
-    tree = checkpointer.restore((directory / "checkpoints" / str(step) / "default").absolute())
+  """Every array of a stage's checkpoint, by path, on whatever devices it was made."""
+  checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
+  tree = checkpoints.read(step)
+  checkpoints.close()
   return {k: np.asarray(v) for k, v in traverse_util.flatten_dict(tree, sep="/").items()}
 
 

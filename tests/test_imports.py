@@ -25,6 +25,7 @@ data
 samplers
 objectives
 step
+distributed
 writers preemption health allocator
 evaluation
 cli

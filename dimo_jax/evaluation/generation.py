@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dimo_jax.samplers import Sampler
-from dimo_jax.sharding import shard_batch
+from dimo_jax.sharding import fetch, local_rows, shard_batch
 from dimo_jax.state import NetworkState
 from dimo_jax.types import Array, Condition, Float, Int, Key
 
@@ -63,24 +63,25 @@ def generate(
   """
   batch_size = min(batch_size, -(-len(labels) // mesh.size) * mesh.size)
   num_batches = -(-len(labels) // batch_size)
-  filled = np.resize(labels, num_batches * batch_size).astype(np.int32)
+  filled = np.resize(labels, (num_batches, batch_size)).astype(np.int32)
+  rows = local_rows(batch_size, mesh)
   key = jax.random.key(seed)
   images, tokens, seconds = [], [], 0.0
   for i in range(num_batches):
-    class_id = shard_batch(filled[i * batch_size : (i + 1) * batch_size], mesh)
+    class_id = shard_batch(filled[i, rows], mesh)
     arguments = (network, {"class_id": class_id}, jax.random.fold_in(key, i))
     if i == 0:  # compile outside the timing
       jax.block_until_ready(sample_images(sampler, tokenizer, *arguments))
     began = time.perf_counter()
     batch = jax.block_until_ready(sample_images(sampler, tokenizer, *arguments))
     seconds += time.perf_counter() - began
-    images.append(np.asarray(batch[0]))
+    images.append(fetch(batch[0]))
     if tokenizer.codebook_size:
-      tokens.append(np.asarray(batch[1]))
+      tokens.append(fetch(batch[1]))
     if between_batches is not None:
       between_batches()
   return Generated(
     np.concatenate(images)[: len(labels)],
     np.concatenate(tokens)[: len(labels)] if tokens else None,
-    len(filled) / seconds,
+    filled.size / seconds,
   )
