@@ -5,6 +5,7 @@ mistake, exit codes.
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -49,10 +50,22 @@ def run(dispatch: Callable[[], None], *, needs_config: bool = True) -> None:
     say(str(error))
     sys.exit(RESUME_EXIT_CODE)
   except Exception as error:
-    if not disk_is_full(error):
+    if disk_is_full(error):
+      _fail("the disk is full; free some space and run the same command again", 1)
+    elif not _has_peers():
       raise
-    code = _fail("the disk is full; free some space and run the same command again", 1)
-    os._exit(code)  # a plain exit would let TensorBoard's writer try again, and say so at length
+    else:
+      traceback.print_exc()
+      sys.stderr.flush()
+    # A plain exit would let TensorBoard's writer try again, and say so at length; and it would wait
+    # for the other processes, which wait for this one.
+    os._exit(1)
+
+
+def _has_peers() -> bool:
+  import jax
+
+  return jax.distributed.is_initialized()
 
 
 def join() -> None:
@@ -61,14 +74,12 @@ def join() -> None:
   Raises:
     UserError: flags that do not fit together, or processes that were not asked to join.
   """
-  import jax
-
   from dimo_jax import distributed
 
   distributed.initialize(
     _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
   )
-  if jax.distributed.is_initialized():
+  if _has_peers():
     STOP.share()
   distributed.check_joined()
 

@@ -7,11 +7,9 @@ DRY_RUN=
 readonly RESUME=75 # exit code of a run that saved and wants to be started again
 
 show() {
-  {
-    printf '+'
-    printf ' %q' "$@"
-    printf '\n'
-  } >&2
+  local words
+  printf -v words ' %q' "$@"
+  echo "+$words" >&2
 }
 
 run() {

@@ -38,6 +38,7 @@ while ((${#pids[@]})); do
   for i in "${!pids[@]}"; do
     kill -0 "${pids[i]}" 2> /dev/null && continue
     wait "${pids[i]}" && ended=0 || ended=$?
+    ((ended == 0)) || echo "process $i: exit code $ended" >&2
     unset "pids[$i]"
     ((code)) || code=$ended
     ((ended == 0)) || deadline=${deadline:-$((SECONDS + ${GRACE_S:-20}))}
