@@ -25,7 +25,7 @@ pids=()
 trap '((${#pids[@]})) && kill -TERM "${pids[@]}" 2> /dev/null' INT TERM
 for ((i = 0; i < num_processes; i++)); do
   ids=$(seq -s , $((i * devices)) $(((i + 1) * devices - 1)))
-  command=(env "JAX_LOCAL_DEVICE_IDS=$ids" "$python" -m dimo_jax.main "$@"
+  command=(env "JAX_LOCAL_DEVICE_IDS=$ids" "JAX_COORDINATOR_BIND_ADDRESS=127.0.0.1:$port" "$python" -m dimo_jax.main "$@"
     "--coordinator_address=127.0.0.1:$port" "--num_processes=$num_processes" "--process_id=$i")
   show "${command[@]}"
   [[ $DRY_RUN ]] && continue
