@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -39,7 +40,8 @@ def on_mesh(variant, num_steps, devices, fsdp):
 def distill(experiment, workdir):
   """The state after a distillation without evaluation."""
   teacher = prepare.random_teacher(experiment)
-  tokenizer = prepare.fit_tokenizer(experiment, workdir)
+  images, _ = prepare.load_arrays(experiment.source("train"))
+  tokenizer = jax.tree.map(jnp.asarray, experiment.tokenizer.fit(images, 0))
   return train.distill(experiment, workdir, teacher, tokenizer, None)
 
 
