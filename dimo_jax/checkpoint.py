@@ -136,7 +136,7 @@ class Checkpoints:
       except Exception as error:  # whatever a damaged file makes of itself
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
           raise
-        reason = str(error) or repr(error)
+        reason = str(error).strip() or repr(error)
       if not in_any(bool(reason)):
         changed = [name for name, value in checksums(tree).items() if saved.get(name) != value]
         if not changed:
@@ -154,7 +154,7 @@ class Checkpoints:
 
   def _move_aside(self, step: int, reason: str) -> None:
     path = self._directory / str(step)
-    say(f"checkpoint {path} is damaged and skipped: {reason.strip().splitlines()[0][:160]}")
+    say(f"checkpoint {path} is damaged and skipped: {reason.splitlines()[0][:160]}")
     if not self._read_only:
       on_first(functools.partial(self._move, path, step))
 
