@@ -211,8 +211,8 @@ def _best_metric(metrics: Mapping[str, float]) -> float:
 def checksums(tree: Any) -> dict[str, int]:
   """A number for each array by flat path; the same however the arrays are sharded."""
   flat = traverse_util.flatten_dict(tree, sep="/")
-  sums = jax.device_get({name: _checksum(array) for name, array in flat.items()})
-  return {name: int(value) for name, value in sums.items()}
+  # Waited for one by one: on CPUs, sums over devices that run at once may wait for each other.
+  return {name: int(_checksum(array)) for name, array in flat.items()}
 
 
 @jax.jit
