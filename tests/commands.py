@@ -38,6 +38,7 @@ def environment(shared: pathlib.Path, xla_flags: str = "") -> dict[str, str]:
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": xla_flags,
+    "PJRT_NPROC": "2",  # threads of XLA's pool, which split convolutions: else as many as devices
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles twice as fast
     "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
