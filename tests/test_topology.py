@@ -25,7 +25,7 @@ def config(variant, num_steps):
   fields.teacher.path = "random"
   fields.train.num_steps = num_steps
   fields.evaluation.protocol = "none"
-  fields.log.update(every_steps=1, pictures_every_steps=0, keep_checkpoints=3)
+  fields.log.update(every_steps=1, pictures_every_steps=0, keep_checkpoints=9)
   for name in ("generator", "fake_score"):
     fields.optim[name].update(schedule="constant", num_warmup=0)
   return fields
