@@ -5,7 +5,6 @@ order of a sum can differ; with more processes results agree up to rounding.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 import signal
@@ -126,8 +125,7 @@ def test_only_the_first_process_speaks(dimo):
   ]
   assert lines == wanted
   for stage in ("teacher", "distill"):
-    steps = [json.loads(row)["step"] for row in (two / stage / "metrics.jsonl").open()]
-    assert steps == list(of_steps)
+    assert [row["step"] for row in commands.rows(two / stage)] == list(of_steps)
 
 
 def test_one_process_restores_what_two_saved(dimo):
