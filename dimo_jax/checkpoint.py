@@ -6,6 +6,8 @@ Restore precedence of a stage:
 3. its beginning.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import sys
@@ -22,12 +24,22 @@ from orbax.checkpoint import checkpoint_managers
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dimo_jax.distributed import from_first, in_any, is_first, on_first
 from dimo_jax.sharding import Rules, state_sharding
 from dimo_jax.types import Array, Params, UInt32, UserError
 from dimo_jax.writers import say, write_atomically
 
 _MAX_LISTED = 8  # changed fields named in one line
 BEST_METRIC = "evaluation/frechet_distance"  # lower is better
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's manager, which here saves when it is told to and at no other time."""
+
+  def reached_preemption(self, step: int) -> bool:
+    """No: `preemption.STOP` alone may ask, whose count of its calls this one would set back."""
+    del step
+    return False
 
 
 class Checkpoints:
@@ -45,6 +57,7 @@ class Checkpoints:
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
+    bad_metrics: dict[int, str] = {}
     for path in self._directory.glob("*/metrics/metrics"):  # one bad file would fail them all
       try:
         json.loads(path.read_text(encoding="utf-8"))
@@ -53,7 +66,9 @@ class Checkpoints:
           raise UserError(
             f"checkpoint {path.parents[1]} is damaged; --mode=train puts it aside"
           ) from error
-        self._move_aside(int(path.parts[-3]), error)
+        bad_metrics[int(path.parts[-3])] = str(error)
+    for step, reason in from_first(sorted(bad_metrics.items())):
+      self._move_aside(step, reason)
     policies = checkpoint_managers.preservation_policy
     keep = policies.AnyPreservationPolicy(
       [
@@ -74,7 +89,7 @@ class Checkpoints:
       cleanup_tmp_directories=not self._read_only,
       read_only=self._read_only,
     )
-    return ocp.CheckpointManager(self._directory, options=options)
+    return _Manager(self._directory, options=options)
 
   def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
     """Starts a checkpoint; returns once the state has left the devices."""
@@ -118,19 +133,25 @@ class Checkpoints:
       lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, shardings
     )
     for candidate in steps:
+      reason, saved = "", {}
       try:
-        if partial:
-          tree = self._restore_part(candidate, abstract)
-        else:
-          tree = self._manager.restore(candidate, args=ocp.args.StandardRestore(abstract))
-        self._verify(candidate, tree)
-        return serialization.from_state_dict(state, tree), candidate
+        # Not the manager's restore: its barrier would hang where one process cannot read.
+        path = self._directory / str(candidate) / "default"
+        tree = _restore_part(path, abstract) if partial else _restore(path, abstract)
+        saved = self._manager.metadata(candidate).custom_metadata.get("checksums")
+        reason = "" if saved else "its checksums cannot be read"
       except Exception as error:  # whatever a damaged file makes of itself
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
           raise
-        self._manager.close()
-        self._move_aside(candidate, error)
-        self._manager = self._open()
+        reason = str(error).strip() or repr(error)
+      if not in_any(bool(reason)):
+        changed = [name for name, value in checksums(tree).items() if saved.get(name) != value]
+        if not changed:
+          return serialization.from_state_dict(state, tree), candidate
+        reason = f"{changed[0]} is not what was saved ({len(changed)} arrays changed)"
+      self._manager.close()
+      self._move_aside(candidate, reason or "another process cannot read it")
+      self._manager = self._open()
     if steps:
       raise UserError(
         f"none of the checkpoints {steps} of {self._directory} can be read; to begin anew move"
@@ -138,29 +159,13 @@ class Checkpoints:
       )
     return None
 
-  def _restore_part(self, step: int, abstract: Any) -> Any:
-    arguments = ocp.args.PyTreeRestore(
-      abstract,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-      partial_restore=True,
-    )
-    with ocp.PyTreeCheckpointer() as checkpointer:
-      return checkpointer.restore(self._directory / str(step) / "default", args=arguments)
-
-  def _verify(self, step: int, tree: Any) -> None:
-    saved = self._manager.metadata(step).custom_metadata.get("checksums")
-    if saved is None:
-      raise ValueError("its checksums cannot be read")
-    changed = [name for name, value in checksums(tree).items() if saved.get(name) != value]
-    if changed:
-      raise ValueError(f"{changed[0]} is not what was saved ({len(changed)} arrays changed)")
-
-  def _move_aside(self, step: int, error: Exception) -> None:
+  def _move_aside(self, step: int, reason: str) -> None:
     path = self._directory / str(step)
-    reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
-    say(f"checkpoint {path} is damaged and skipped: {reason}")
-    if self._read_only:
-      return
+    say(f"checkpoint {path} is damaged and skipped: {reason.splitlines()[0][:160]}")
+    if not self._read_only:
+      on_first(functools.partial(self._move, path, step))
+
+  def _move(self, path: Path, step: int) -> None:
     target = self._directory / "damaged" / str(step)
     target.parent.mkdir(exist_ok=True)
     for i in range(1, 1000):
@@ -193,6 +198,18 @@ def save_tree(path: Path, tree: Any) -> None:
     checkpointer.save(path.absolute(), jax.tree.map(np.asarray, jax.device_get(tree)))
 
 
+def _restore(path: Path, abstract: Any) -> Any:
+  with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+    return handler.restore(path, args=ocp.args.StandardRestore(abstract))
+
+
+def _restore_part(path: Path, abstract: Any) -> Any:
+  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    args = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+    return handler.restore(path, args=args)
+
+
 def read_tree(path: Path) -> Any:
   """A checkpoint's whole tree as it was saved, on the host, whatever its structure.
 
@@ -200,8 +217,12 @@ def read_tree(path: Path) -> Any:
     UserError: it is missing or damaged.
   """
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      return jax.tree.map(np.asarray, checkpointer.restore(path.absolute()))
+    path = path.absolute()
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+      as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree
+      )
+      return handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
   except Exception as error:  # whatever a damaged file makes of itself
     if isinstance(error, MemoryError):
       raise
@@ -230,8 +251,8 @@ def _best_metric(metrics: Mapping[str, float]) -> float:
 def checksums(tree: Any) -> dict[str, int]:
   """A number for each array by flat path; the same however the arrays are sharded."""
   flat = traverse_util.flatten_dict(tree, sep="/")
-  sums = jax.device_get({name: _checksum(array) for name, array in flat.items()})
-  return {name: int(value) for name, value in sums.items()}
+  # Waited for one by one: on CPUs, sums over devices that run at once may wait for each other.
+  return {name: int(_checksum(array)) for name, array in flat.items()}
 
 
 @jax.jit
@@ -251,7 +272,7 @@ def check_record(directory: Path, fields: Mapping[str, Any]) -> None:
   changed = changed_fields(directory, fields)
   refuse_changes(directory, changed)
   path = directory / "record.json"
-  if not path.exists():
+  if is_first() and not path.exists():
     write_atomically(path, json.dumps(dict(fields), indent=1, sort_keys=True))
 
 

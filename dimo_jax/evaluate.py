@@ -17,6 +17,7 @@ from absl import logging
 from dimo_jax import cli, judges, prepare, train
 from dimo_jax.build import Experiment
 from dimo_jax.data.sources import load_source
+from dimo_jax.distributed import on_first
 from dimo_jax.evaluation import compare, jobs
 from dimo_jax.evaluation.generation import encode_images
 from dimo_jax.evaluation.image_sets import SourceImages, open_images
@@ -84,8 +85,7 @@ def evaluate(
     row["sampling_seed"] = config.evaluation.seed
     row["classifier_accuracy"] = reference.classifier.test_accuracy
     row["classifier_sha256"] = reference.classifier.weight_hash()
-  write_atomically(workdir / "results.json", json.dumps(rows, indent=1))
-  _report(experiment, workdir, rows, reference)
+  on_first(lambda: _write(experiment, workdir, rows, reference))
   return rows
 
 
@@ -97,9 +97,10 @@ def _tokens(experiment: Experiment, teacher: NetworkState, images: Any) -> tuple
   return tokens, codebook_size
 
 
-def _report(
+def _write(
   experiment: Experiment, workdir: Path, rows: list[dict[str, Any]], reference: Reference
 ) -> None:
+  write_atomically(workdir / "results.json", json.dumps(rows, indent=1))
   classifier = reference.classifier
   protocol = reference.protocol
   test_labels = experiment.source("test").labels

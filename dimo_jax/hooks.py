@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dimo_jax.build import Experiment
+from dimo_jax.distributed import from_first, on_first
 from dimo_jax.evaluation import pictures
 from dimo_jax.evaluation.generation import Generated, generate, sample_images
 from dimo_jax.evaluation.protocols import Reference
@@ -65,6 +66,8 @@ def evaluate_sampler(
 ) -> dict[str, float | int | None]:
   """The protocol's metrics of a network under a sampler, with `images_per_second`.
 
+  Processes that run together compute them alike, and take process 0's.
+
   Raises:
     Preempted: a signal came, and it is interruptible.
   """
@@ -73,7 +76,7 @@ def evaluate_sampler(
   row = reference.evaluate(
     samples.images, labels, samples.tokens, experiment.tokenizer.codebook_size or None
   )
-  return row | {"images_per_second": samples.images_per_second}
+  return from_first(row | {"images_per_second": samples.images_per_second})
 
 
 def draw_pictures(
@@ -110,7 +113,7 @@ def draw_pictures(
       sampler, experiment.tokenizer, network, condition, key, experiment.mesh
     )
   pixels = pictures.side_by_side(panels)
-  pictures.save_png(directory / f"step_{step:07d}.png", pixels)
+  on_first(lambda: pictures.save_png(directory / f"step_{step:07d}.png", pixels))
   writer.picture(step, "samples", pixels)
   generated = panels[generator]
   return {

@@ -1,7 +1,9 @@
 """Command line: flags and dispatch. `python -m dimo_jax.main --config=configs/digits.py`."""
 
+import contextlib
 import fcntl
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -35,6 +37,7 @@ def _dispatch() -> None:
   from dimo_jax import build, evaluate, pairs, prepare, sample, train
   from dimo_jax.recipe import CONFIG_FILE, Recipe
 
+  cli.join()
   workdir, given = Path(_WORKDIR.value), cli.CONFIG.value
   if given is None and not (workdir / CONFIG_FILE).exists():
     raise UserError(
@@ -50,18 +53,28 @@ def _dispatch() -> None:
   experiment = build.build(Recipe.load(workdir).config if given is None else given)
   STOP.raise_if_set()
   if _MODE.value == "train":
-    _check_writable(workdir)
-    with _lock(workdir):
+    with _writable(workdir):
       train.train(experiment, workdir)
       evaluate.evaluate_workdir(experiment, workdir)
   elif _MODE.value == "pairs":
-    _check_writable(workdir)
-    with _lock(workdir):
+    with _writable(workdir):
       pairs.make_pairs(experiment, workdir, _NUM_PAIRS.value, _SEED.value, _OUT.value)
   else:
     prepare.check_trained(workdir)
     _check_writable(workdir)
     evaluate.evaluate_workdir(experiment, workdir, best=best)
+
+
+@contextlib.contextmanager
+def _writable(workdir: Path) -> Iterator[None]:
+  """The workdir made, seen by every process, and locked by process 0 against other runs."""
+  from dimo_jax import distributed
+
+  _check_writable(workdir)
+  with contextlib.ExitStack() as stack:
+    distributed.on_first(lambda: stack.enter_context(_lock(workdir)))
+    distributed.check_shared(workdir)
+    yield
 
 
 def _check_writable(workdir: Path) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 from dimo_jax import prepare, start, train
 from dimo_jax.build import NUM_SEEDS, Experiment
 from dimo_jax.checkpoint import params_hash
+from dimo_jax.distributed import on_first
 from dimo_jax.preemption import STOP
 from dimo_jax.samplers.edm import Heun
-from dimo_jax.sharding import shard_batch
+from dimo_jax.sharding import fetch, local_rows, shard_batch
 from dimo_jax.types import UserError
 from dimo_jax.writers import say
 
@@ -55,25 +56,30 @@ def make_pairs(
   num_batches = -(-num_pairs // b)
   labels = np.random.default_rng(seed).integers(config.data.num_classes, size=num_batches * b)
   labels = labels.astype(np.int32)
+  rows = local_rows(b, experiment.mesh)
   noise, images = [], []
   began = time.perf_counter()
   for i in range(num_batches):
-    class_id = shard_batch(labels[i * b : (i + 1) * b], experiment.mesh)
+    class_id = shard_batch(labels[i * b + rows], experiment.mesh)
     made = sample(teacher, class_id, jax.random.fold_in(jax.random.key(seed), i))
-    noise.append(np.asarray(made[0]))
-    images.append(np.asarray(made[1]))
+    noise.append(fetch(made[0]))
+    images.append(fetch(made[1]))
     rate = b * (i + 1) / (time.perf_counter() - began)
     say(f"pairs {min(b * (i + 1), num_pairs)}/{num_pairs}  {rate:.0f} images/s")
     STOP.raise_if_set()
-  try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-      out,
-      noise=np.concatenate(noise)[:num_pairs],
-      image=np.concatenate(images)[:num_pairs],
-      class_id=labels[:num_pairs],
-      teacher_sha256=np.array(params_hash(params)),
-    )
-  except OSError as error:
-    raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error
+
+  def write() -> None:
+    try:
+      out.parent.mkdir(parents=True, exist_ok=True)
+      np.savez(
+        out,
+        noise=np.concatenate(noise)[:num_pairs],
+        image=np.concatenate(images)[:num_pairs],
+        class_id=labels[:num_pairs],
+        teacher_sha256=np.array(params_hash(params)),
+      )
+    except OSError as error:
+      raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error
+
+  on_first(write)
   say(f"{num_pairs} pairs in {out}")

@@ -25,10 +25,12 @@ from dimo_jax.checkpoint import (
 from dimo_jax.convert import edm, families, files, maskgit
 from dimo_jax.convert.files import Archive
 from dimo_jax.data.sources import Source
+from dimo_jax.distributed import exists, on_first
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.recipe import Recipe
 from dimo_jax.remote import local_path
+from dimo_jax.sharding import fetch
 from dimo_jax.state import FirstStage, merge
 from dimo_jax.teachers import Teacher
 from dimo_jax.teachers.edm import GaussianTeacher
@@ -72,13 +74,14 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
     return params
   check_record(directory, fields)
   path = directory / _TOKENIZER_FILE
-  if not path.exists():
+  if not exists(path):
     arrays, _ = load_arrays(experiment.source("train"))
     params = experiment.tokenizer.fit(arrays, config.seed)
     images = jnp.asarray(arrays)
     decoded = experiment.tokenizer.decode(params, experiment.tokenizer.encode(params, images))
     error = float(jnp.mean((decoded - images) ** 2))
-    save_params(path, params, {"name": config.tokenizer.name, "train_mse": error})
+    metadata = {"name": config.tokenizer.name, "train_mse": error}
+    on_first(lambda: save_params(path, params, metadata))
     say(f"tokenizer: {experiment.tokenizer.codebook_size} codes, mean squared error {error:.4f}")
   return _read_tokenizer(path)
 
@@ -94,7 +97,8 @@ def keep_tokenizer(workdir: Path, params: Params) -> None:
   """
   if params:
     (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
-    save_params(workdir / "tokenizer" / _GIVEN_TOKENIZER_FILE, params, {})
+    path = workdir / "tokenizer" / _GIVEN_TOKENIZER_FILE
+    on_first(lambda: save_params(path, params, {}))
 
 
 def run_tokenizer(tokenizer: Tokenizer, config: ml_collections.ConfigDict, workdir: Path) -> Params:
@@ -118,7 +122,7 @@ def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
   directory.mkdir(parents=True, exist_ok=True)
   check_record(directory, classifier_fields(experiment))
   path = directory / "classifier.safetensors"
-  if not path.exists():
+  if not exists(path):
     train, test = load_arrays(experiment.source("train")), load_arrays(experiment.source("test"))
     classifier = train_classifier(
       *train,
@@ -127,7 +131,7 @@ def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
       test_images=test[0],
       test_labels=test[1],
     )
-    classifier.save(path)
+    on_first(lambda: classifier.save(path))
   classifier = Classifier.load(path)
   say(
     f"classifier: test accuracy {classifier.test_accuracy:.4f},"
@@ -151,7 +155,8 @@ def save_teacher(
 ) -> None:
   """A finished teacher, network and tokenizer together, with what it was trained as."""
   metadata = {"teacher": fields, "recipe": recipe.to_dict()}
-  save_params(path, {"network": network, "tokenizer": tokenizer}, metadata)
+  tree = fetch({"network": network, "tokenizer": tokenizer})
+  on_first(lambda: save_params(path, tree, metadata))
 
 
 def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, Params | None]:

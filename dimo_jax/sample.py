@@ -13,6 +13,7 @@ from absl import flags
 from dimo_jax import artifacts, cli
 from dimo_jax.artifacts import Artifact
 from dimo_jax.build import NUM_SEEDS, Experiment
+from dimo_jax.distributed import on_first
 from dimo_jax.evaluation import pictures
 from dimo_jax.types import UserError
 from dimo_jax.writers import say
@@ -90,10 +91,14 @@ def write_grid(
     UserError: nothing can be sampled so, or `out` cannot be written.
   """
   samples = artifact.sample_timed(labels, seed, steps)
-  try:
-    pictures.save_png(out, pictures.tile(samples.outputs))
-  except OSError as error:
-    raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error
+
+  def write() -> None:
+    try:
+      pictures.save_png(out, pictures.tile(samples.outputs))
+    except OSError as error:
+      raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error
+
+  on_first(write)
   num_steps = steps or artifact.num_steps
   say(
     f"{len(labels)} pictures in {out}; {artifact.role}, {num_steps}"

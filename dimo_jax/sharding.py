@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dimo_jax.types import UserError, check_pattern
+from dimo_jax.types import Int, UserError, check_pattern
 
 # (regex on the parameter's path, dimension to split, or None to replicate); the first match wins.
 Rules = Sequence[tuple[str, int | None]]
@@ -52,9 +55,42 @@ def batch_sharding(mesh: Mesh, batch_axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*[None] * batch_axis, ("data", "fsdp")))
 
 
+def local_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " n"]:
+  """The samples of a global batch that this process feeds to its devices, in order."""
+  slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices]))
+
+
 def shard_batch(batch: Any, mesh: Mesh, batch_axis: int = 0) -> Any:
-  """Puts host arrays on the mesh, split along `batch_axis`."""
-  return jax.device_put(batch, batch_sharding(mesh, batch_axis))
+  """Puts this process's `local_rows` of host arrays on the mesh, split along `batch_axis`."""
+  return jax.make_array_from_process_local_data(batch_sharding(mesh, batch_axis), batch)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+  """Puts a tree that every process holds whole on the mesh."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings)
+
+  def leaf(x, sharding):  # device_put would first send every array around, to compare
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      data = leaf(jax.random.key_data(x), sharding)
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+  return jax.tree.map(leaf, tree, shardings)
+
+
+def fetch(tree: Any) -> Any:
+  """Whole host arrays, in every process, of arrays however sharded; all processes call it."""
+
+  def leaf(x):
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+      return multihost_utils.process_allgather(x, tiled=True)
+    return jax.device_get(x)
+
+  return jax.tree.map(leaf, tree)
 
 
 def _parameter_spec(path: str, shape: tuple[int, ...], fsdp: int, rules: Rules) -> PartitionSpec:

@@ -13,7 +13,15 @@ from jax.sharding import Mesh
 
 from dimo_jax.build import Experiment
 from dimo_jax.data.pipeline import condition_batches, image_batches
-from dimo_jax.sharding import Rules, jit_step, replicated, shard_batch, state_sharding
+from dimo_jax.sharding import (
+  Rules,
+  jit_step,
+  local_rows,
+  put,
+  replicated,
+  shard_batch,
+  state_sharding,
+)
 from dimo_jax.state import DistillState, FirstStage, NetworkState, copy_tree
 from dimo_jax.step import distill_step
 from dimo_jax.types import Params
@@ -23,7 +31,7 @@ _DATA_STREAM = 7919  # keeps the order of the data apart from a stage's other us
 
 def place(state: Any, mesh: Mesh, rules: Rules) -> Any:
   """Puts a state on the mesh by the config's rules."""
-  return jax.device_put(state, state_sharding(state, mesh, rules))
+  return put(state, state_sharding(state, mesh, rules))
 
 
 def initial_state(
@@ -96,18 +104,26 @@ def jit_distill_step(
 
 
 def distill_batches(experiment: Experiment, start: int, num_steps: int) -> Iterator[Any]:
-  """Batches of iterations start .. start + num_steps - 1, on the mesh.
+  """Batches of iterations start .. start + num_steps - 1, on the mesh; a process reads only its
+  own rows of them.
 
   Without real images, conditions for the generator and for each round; with them a batch of images
   for each round, the generator's being the first round's.
   """
   config, rounds = experiment.config, experiment.objective.fake_rounds
   micro = (config.train.accumulation, config.train.batch_size)
+  local = local_rows(config.train.batch_size, experiment.mesh)
+  local_micro = (config.train.accumulation, len(local))
+
+  def rows(num_batches: int) -> np.ndarray:  # of so many batches one after the other
+    return (np.arange(num_batches)[:, None] * config.train.batch_size + local).ravel()
+
   seed = config.seed + _DATA_STREAM
   if experiment.objective.uses_images:
     stream = image_batches(
       experiment.source("train"),
       batch_size=rounds * math.prod(micro),
+      rows=rows(rounds * config.train.accumulation),
       seed=seed,
       start_step=start,
       num_steps=num_steps,
@@ -127,6 +143,7 @@ def distill_batches(experiment: Experiment, start: int, num_steps: int) -> Itera
     pairs = image_batches(
       experiment.pairs,
       batch_size=math.prod(micro),
+      rows=rows(config.train.accumulation),
       seed=seed + 1,
       start_step=start,
       num_steps=num_steps,
@@ -134,13 +151,13 @@ def distill_batches(experiment: Experiment, start: int, num_steps: int) -> Itera
     )
   for batch, pair in zip(stream, pairs, strict=False):
     if experiment.objective.uses_images:
-      fake_score = {k: v.reshape(rounds, *micro, *v.shape[1:]) for k, v in batch.items()}
+      fake_score = {k: v.reshape(rounds, *local_micro, *v.shape[1:]) for k, v in batch.items()}
       generator = {k: v[0] for k, v in fake_score.items()}
     else:
-      generator = {k: v[0] for k, v in batch.items()}
-      fake_score = {k: v[1:] for k, v in batch.items()}
+      generator = {k: v[0][..., local] for k, v in batch.items()}
+      fake_score = {k: v[1:][..., local] for k, v in batch.items()}
     if pair is not None:
-      generator["pairs"] = {k: v.reshape(*micro, *v.shape[1:]) for k, v in pair.items()}
+      generator["pairs"] = {k: v.reshape(*local_micro, *v.shape[1:]) for k, v in pair.items()}
     yield {
       "generator": shard_batch(generator, experiment.mesh, batch_axis=1),
       "fake_score": shard_batch(fake_score, experiment.mesh, batch_axis=2),
@@ -150,4 +167,4 @@ def distill_batches(experiment: Experiment, start: int, num_steps: int) -> Itera
 def base_key(experiment: Experiment) -> jax.Array:
   """The key of every draw of the distillation."""
   key = jax.random.fold_in(jax.random.key(experiment.config.seed), 3)
-  return jax.device_put(key, replicated(experiment.mesh))
+  return put(key, replicated(experiment.mesh))

@@ -13,11 +13,12 @@ from dimo_jax import prepare
 from dimo_jax.build import Experiment
 from dimo_jax.checkpoint import BEST_METRIC, Checkpoints, check_record, params_hash
 from dimo_jax.data.pipeline import image_batches
+from dimo_jax.distributed import exists
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.health import Health
 from dimo_jax.hooks import draw_pictures, evaluate_sampler, sampling_network
 from dimo_jax.preemption import STOP
-from dimo_jax.sharding import jit_step, replicated, shard_batch
+from dimo_jax.sharding import jit_step, local_rows, put, replicated, shard_batch
 from dimo_jax.start import (
   base_key,
   distill_batches,
@@ -93,12 +94,14 @@ class Loop:
         if extra or saving:
           self._record(writer, step, metrics, extra)
           pending = None
-        if saving or STOP.signal is not None:
+        stopping = STOP.is_set()
+        if saving or stopping:
           if pending:
             self._record(writer, *pending)
           scores = {BEST_METRIC: extra[BEST_METRIC]} if BEST_METRIC in extra else None
           self._checkpoints.save(step, state, scores)
-        STOP.raise_if_set()
+        if stopping:
+          STOP.raise_if_set()
     finally:
       self._checkpoints.close()
       writer.close()
@@ -137,7 +140,7 @@ def train_teacher(
   fields = prepare.teacher_fields(experiment)
   check_record(directory, fields)
   path = directory / prepare.TEACHER_FILE
-  if not path.exists():
+  if not exists(path):
     state = _pretrain(experiment, directory, tokenizer_params)
     recipe = prepare.recipe(experiment)
     prepare.save_teacher(path, state.ema, tokenizer_params, fields, recipe)
@@ -168,6 +171,7 @@ def _pretrain(experiment: Experiment, directory: Path, tokenizer_params: Params)
     stream = image_batches(
       experiment.source("train"),
       batch_size=pretrain.batch_size,
+      rows=local_rows(pretrain.batch_size, mesh),
       seed=experiment.config.seed,
       start_step=start,
       num_steps=pretrain.num_steps - start,
@@ -178,7 +182,7 @@ def _pretrain(experiment: Experiment, directory: Path, tokenizer_params: Params)
 
   key = jax.random.fold_in(jax.random.key(experiment.config.seed), 2)
   loop = Loop(experiment, directory, "teacher", pretrain.num_steps)
-  return loop.run(step_fn, make_state, constants, batches, jax.device_put(key, replicated(mesh)))
+  return loop.run(step_fn, make_state, constants, batches, put(key, replicated(mesh)))
 
 
 def distill(
@@ -232,7 +236,7 @@ def distill(
 def train(experiment: Experiment, workdir: Path) -> None:
   """Every stage of a run that is not yet done."""
   prepare.check_workdir(experiment, workdir)
-  prepare.recipe(experiment).save(workdir)
+  on_first(lambda: prepare.recipe(experiment).save(workdir))
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   reference = prepare.fit_classifier(experiment, workdir)
   fitted = tokenizer_params

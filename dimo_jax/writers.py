@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
 from tensorboardX import SummaryWriter
+
+from dimo_jax.distributed import is_first
 
 WALL_CLOCK_FIELDS = ("seconds", "steps_per_second")  # the only ones that differ between two runs
 
@@ -47,7 +48,7 @@ class Writer:
     self._name, self._num_steps, self._start_step = name, num_steps, start_step
     self._began = time.perf_counter()
     self._first: tuple[int, float] | None = None  # (step, seconds) of the first row
-    self._enabled = jax.process_index() == 0
+    self._enabled = is_first()
     if not self._enabled:
       return
     directory.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ def _shown(name: str) -> bool:
 
 def say(text: str) -> None:
   """A console line, on process 0 only."""
-  if jax.process_index() == 0:
+  if is_first():
     print(text, flush=True)
 
 

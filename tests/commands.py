@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from dimo_jax.checkpoint import Checkpoints
 from dimo_jax.writers import WALL_CLOCK_FIELDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -32,12 +32,13 @@ TINY = ("--config=configs/debug.py", *_OPTIONS)
 TINY_DMD2 = ("--config=configs/debug.py:dmd2", *_OPTIONS)
 
 
-def environment(shared: pathlib.Path) -> dict[str, str]:
-  """One device, and compiled functions kept from one process to the next."""
+def environment(shared: pathlib.Path, xla_flags: str = "") -> dict[str, str]:
+  """One device by default, and compiled functions kept from one process to the next."""
   return os.environ | {
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "",
+    "XLA_FLAGS": xla_flags,
+    "PJRT_NPROC": "2",  # threads of XLA's pool, which split convolutions: else as many as devices
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles twice as fast
     "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -46,13 +47,18 @@ def environment(shared: pathlib.Path) -> dict[str, str]:
 
 
 def start(
-  shared: pathlib.Path, workdir: pathlib.Path, *arguments: str, command: Sequence[str] = TINY
+  shared: pathlib.Path,
+  workdir: pathlib.Path,
+  *arguments: str,
+  command: Sequence[str] = TINY,
+  launcher: Sequence[str] = (sys.executable, "-m", "dimo_jax.main"),
+  xla_flags: str = "",
 ) -> subprocess.Popen:
-  """Starts `python -m dimo_jax.main` on a workdir."""
+  """Starts `python -m dimo_jax.main` on a workdir, or another launcher of it."""
   return subprocess.Popen(
-    [sys.executable, "-m", "dimo_jax.main", *command, f"--workdir={workdir}", *arguments],
+    [*launcher, *command, f"--workdir={workdir}", *arguments],
     cwd=ROOT,
-    env=environment(shared),
+    env=environment(shared, xla_flags) | {"PYTHON": sys.executable},
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -66,9 +72,10 @@ def run(
   command: Sequence[str] = TINY,
   code: int = 0,
   timeout_s: float = 240,
+  **options: Any,
 ) -> tuple[str, str]:
   """Runs the command to its end; (stdout, stderr), after the exit code was found right."""
-  process = start(shared, workdir, *arguments, command=command)
+  process = start(shared, workdir, *arguments, command=command, **options)
   out, err = process.communicate(timeout=timeout_s)
   assert process.returncode == code, (process.returncode, out[-2000:], err[-4000:])
   return out, err
@@ -122,9 +129,10 @@ def results(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def arrays(directory: pathlib.Path, step: int) -> dict[str, np.ndarray]:
-  """Every array of a stage's checkpoint, by path."""
-  with ocp.StandardCheckpointer() as checkpointer:
-    tree = checkpointer.restore((directory / "checkpoints" / str(step) / "default").absolute())
+  """Every array of a stage's checkpoint, by path, on whatever devices it was made."""
+  checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
+  tree = checkpoints.read(step)
+  checkpoints.close()
   return {k: np.asarray(v) for k, v in traverse_util.flatten_dict(tree, sep="/").items()}
 
 

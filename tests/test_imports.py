@@ -22,6 +22,7 @@ state
 models
 convert
 teachers
+distributed
 writers preemption health allocator
 cli
 data

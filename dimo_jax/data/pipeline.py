@@ -22,6 +22,7 @@ def image_batches(
   start_step: int,
   num_steps: int,
   num_threads: int = 1,
+  rows: np.ndarray | None = None,
   flip: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of steps start_step .. start_step + num_steps - 1, numpy, of images or pairs.
@@ -32,11 +33,12 @@ def image_batches(
   Args:
     seed: not negative.
     num_threads: that read ahead, each a whole batch; they do not change what is read.
+    rows: the samples of each batch that are read, by their places in it; all by default.
     flip: mirror each sample left to right, or not, at random.
 
   Yields:
-    The source's samples, stacked: {"image": float32 [batch_size, h, w, c] in [-1, 1], "class_id":
-    int32 [batch_size]}.
+    The source's samples, stacked: {"image": float32 [b, h, w, c] in [-1, 1], "class_id": int32
+    [b]}, where b is batch_size, or the number of rows.
   """
   # Grain shuffles epoch e with seed + e: without the hash, run 1 would be run 0 an epoch later.
   shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -45,9 +47,27 @@ def image_batches(
   samples = grain.MapDataset.source(source).shuffle(seed=shuffle_seed).repeat(num_epochs)
   if flip:
     samples = samples.seed(shuffle_seed).random_map(_flip)
+  if rows is not None and len(rows) < batch_size:
+    part = _Rows(samples, batch_size, rows, start_step + num_steps)
+    samples, batch_size = grain.MapDataset.source(part), len(rows)
   batches = samples.batch(batch_size)
   options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 1)
   yield from batches[start_step : start_step + num_steps].to_iter_dataset(options)
+
+
+class _Rows:
+  """The same places of every batch, one batch after the other."""
+
+  def __init__(self, samples: grain.MapDataset, batch_size: int, rows: np.ndarray, num_steps: int):
+    self._samples, self._batch_size = samples, batch_size
+    self._rows, self._num_steps = rows, num_steps
+
+  def __len__(self) -> int:
+    return self._num_steps * len(self._rows)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    step, place = divmod(index, len(self._rows))
+    return self._samples[step * self._batch_size + int(self._rows[place])]
 
 
 def _flip(sample: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:

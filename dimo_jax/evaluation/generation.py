@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dimo_jax.samplers import Sampler
-from dimo_jax.sharding import shard_batch
+from dimo_jax.sharding import fetch, local_rows, shard_batch
 from dimo_jax.state import NetworkState
 from dimo_jax.types import Array, Condition, Float, Int, Key, Params
 
@@ -60,11 +60,11 @@ def _in_parts(
   height, width, _ = tokenizer.image_shape
   size = mesh.size * max(1, _PIXELS_PER_DEVICE // (height * width))
   if len(inputs) <= size:
-    return np.asarray(call(tokenizer, params, inputs))
-  inputs, parts = np.asarray(inputs), []
+    return fetch(call(tokenizer, params, inputs))
+  inputs, parts, rows = fetch(inputs), [], local_rows(size, mesh)
   for start in range(0, len(inputs), size):
     part = np.resize(inputs[start : start + size], (size, *inputs.shape[1:]))  # the last is filled
-    parts.append(np.asarray(call(tokenizer, params, shard_batch(part, mesh))))
+    parts.append(fetch(call(tokenizer, params, shard_batch(part[rows], mesh))))
   return np.concatenate(parts)[: len(inputs)]
 
 
@@ -116,11 +116,12 @@ def generate(
   """
   batch_size = min(batch_size, -(-len(labels) // mesh.size) * mesh.size)
   num_batches = -(-len(labels) // batch_size)
-  filled = np.resize(labels, num_batches * batch_size).astype(np.int32)
+  filled = np.resize(labels, (num_batches, batch_size)).astype(np.int32)
+  rows = local_rows(batch_size, mesh)
   key = jax.random.key(seed)
   images, tokens, seconds = [], [], 0.0
   for i in range(num_batches):
-    class_id = shard_batch(filled[i * batch_size : (i + 1) * batch_size], mesh)
+    class_id = shard_batch(filled[i, rows], mesh)
     arguments = (network, {"class_id": class_id}, jax.random.fold_in(key, i), mesh)
     if i == 0:  # compile outside the timing
       sample_images(sampler, tokenizer, *arguments)
@@ -129,11 +130,11 @@ def generate(
     seconds += time.perf_counter() - began
     images.append(batch[0])
     if tokenizer.codebook_size:
-      tokens.append(np.asarray(batch[1]))
+      tokens.append(fetch(batch[1]))
     if between_batches is not None:
       between_batches()
   return Generated(
     np.concatenate(images)[: len(labels)],
     np.concatenate(tokens)[: len(labels)] if tokens else None,
-    len(filled) / seconds,
+    filled.size / seconds,
   )
