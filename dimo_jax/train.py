@@ -13,7 +13,7 @@ from dimo_jax import prepare
 from dimo_jax.build import Experiment
 from dimo_jax.checkpoint import BEST_METRIC, Checkpoints, check_record, params_hash
 from dimo_jax.data.pipeline import image_batches
-from dimo_jax.distributed import exists
+from dimo_jax.distributed import exists, on_first
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.health import Health
 from dimo_jax.hooks import draw_pictures, evaluate_sampler, sampling_network
