@@ -23,6 +23,7 @@ from dimo_jax import prepare
 from dimo_jax.build import NUM_SEEDS, Experiment, Models
 from dimo_jax.checkpoint import Checkpoints, load_params, read_tree
 from dimo_jax.convert import families, files
+from dimo_jax.evaluation.generation import PIXELS_PER_DEVICE
 from dimo_jax.evaluation.pictures import to_uint8
 from dimo_jax.recipe import Recipe, of_sizes
 from dimo_jax.remote import local_path
@@ -40,7 +41,6 @@ TOKENIZER_FILE = "tokenizer.safetensors"
 PROGRAM_FILE, WEIGHTS_FILE = "program.bin", "weights.safetensors"  # stablehlo
 
 _MAX_BATCH_SIZE = 64  # images of one call of the network, unless told otherwise
-_PIXELS_PER_DEVICE = 2**19  # of such a call: 8 images of 256x256, for a VQGAN's activations
 
 Weights = Mapping[str, Params]  # {"network": ..., "tokenizer": ...}
 # (weights, labels int32 [b], seeds uint32 [b], indices uint32 [b]) -> uint8 images, or tokens
@@ -162,7 +162,7 @@ class Artifact(abc.ABC):
       raise UserError(f"seed={seed} must lie in 0 .. {NUM_SEEDS - 1}")
     if batch_size is None:
       pixels = math.prod(self.image_shape[:2]) if self.image_shape else 1
-      fitting = max(1, _PIXELS_PER_DEVICE // pixels) * jax.local_device_count()
+      fitting = max(1, PIXELS_PER_DEVICE // pixels) * jax.local_device_count()
       batch_size = min(_MAX_BATCH_SIZE, fitting)
     if batch_size < 1:
       raise UserError(f"batch_size={batch_size} must be 1 or more")

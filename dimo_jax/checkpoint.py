@@ -216,6 +216,7 @@ def read_tree(path: Path) -> Any:
   Raises:
     UserError: it is missing or damaged.
   """
+  _quiet_abandoned_reads()
   try:
     path = path.absolute()
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
@@ -232,12 +233,13 @@ def read_tree(path: Path) -> Any:
 
 def _quiet_abandoned_reads() -> None:
   """Orbax gives up on a damaged array while others are still being read, and each of them would
-  print a traceback once it finds the event loop closed.
+  print a traceback once it is collected: it finds the event loop closed, or is told to exit.
   """
   hook = sys.unraisablehook
 
   def quiet(error: Any) -> None:
-    if "Event loop is closed" not in str(error.exc_value):
+    told_to_exit = isinstance(getattr(error.exc_value, "__cause__", None), GeneratorExit)
+    if not (told_to_exit or "Event loop is closed" in str(error.exc_value)):
       hook(error)
 
   if getattr(hook, "__qualname__", "") != quiet.__qualname__:

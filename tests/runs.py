@@ -62,7 +62,7 @@ def make(workdir: pathlib.Path, variant: str = "dimo", **sections) -> Experiment
       generator=state.generator.replace(
         step=np.int32(step), params=perturbed(state.generator.params, 0.1 + 0.01 * step)
       ),
-      ema=perturbed(state.ema, 0.013 * step),
+      ema=perturbed(state.ema, 0.007 * step),
       clock=np.int32(step * experiment.objective.fake_rounds),
     )
     checkpoints.save(step, trained, {BEST_METRIC: float(step)})

@@ -134,13 +134,24 @@ def test_files_of_a_hub_are_fetched_once_and_kept(fetch):
     assert downloads(requests) == 3
     assert fetch("hf://owner/repo/weights.bin", HF_ENDPOINT=endpoint) == str(path)
     assert downloads(requests) == 3
+
+
+def test_tokens_and_offline_mode_are_heeded(fetch):
+  with serving() as (endpoint, requests):
+    path = fetch("hf://owner/repo/weights.bin", HF_ENDPOINT=endpoint)
     private = fetch("hf://owner/private/weights.bin", HF_ENDPOINT=endpoint, HF_TOKEN="hf_secret")
     assert pathlib.Path(private).read_bytes() == b"private"
     count = len(requests)
     offline = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "1"}
-    assert fetch("hf://owner/repo/weights.bin", **offline) == str(path)
+    assert fetch("hf://owner/repo/weights.bin", **offline) == path
     assert "not in the cache" in fetch("hf://owner/gated/weights.bin", **offline)
     assert len(requests) == count
+
+
+@pytest.mark.slow  # the hub's client tries again and again
+def test_a_hub_that_is_away_is_one_line(fetch):
+  with serving() as (endpoint, _):
+    pass
   assert "the hub cannot be reached" in fetch("hf://owner/repo/other.bin", HF_ENDPOINT=endpoint)
 
 

@@ -16,7 +16,7 @@ from dimo_jax.types import Array, Condition, Float, Int, Key, Params
 
 # Encoded or decoded by one device in one call: 8 images of 256x256, whose activations in a VQGAN
 # take 0.3 GB a layer.
-_PIXELS_PER_DEVICE = 2**19
+PIXELS_PER_DEVICE = 2**19
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ def _in_parts(
 ) -> np.ndarray:
   """`call` on as many inputs at a time as the devices have memory for."""
   height, width, _ = tokenizer.image_shape
-  size = mesh.size * max(1, _PIXELS_PER_DEVICE // (height * width))
+  size = mesh.size * max(1, PIXELS_PER_DEVICE // (height * width))
   if len(inputs) <= size:
     return fetch(call(tokenizer, params, inputs))
   inputs, parts, rows = fetch(inputs), [], local_rows(size, mesh)

@@ -41,7 +41,7 @@ def no_calls():
 
 @pytest.fixture
 def two_a_device(monkeypatch):
-  monkeypatch.setattr(generation, "_PIXELS_PER_DEVICE", 32)
+  monkeypatch.setattr(generation, "PIXELS_PER_DEVICE", 32)
 
 
 def tokens(n):

@@ -489,7 +489,7 @@ def test_foreign_weights_are_refused():
       good | {"model.enc.8x8_block0.conv1.weight": np.zeros((9, 8, 3, 3))}, network
     )
   bad = np.full((1, 1, 2, 2), 0.5, np.float32)
-  with pytest.raises(UserError, match=r"model\.resample_filter"):
+  with pytest.raises(UserError, match=r"denoiser\.resample_filter"):
     edm.from_published(good | {"model.enc.4x4_down.skip.resample_filter": bad}, network)
 
 
