@@ -15,8 +15,10 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 
+import importlib.util
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +43,15 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 # Seconds that the body of a test without the `slow` mark may take, fixtures not counted. Raise it
 # on a slow machine: DIMO_TEST_LIMIT_S=60 make test.
 TEST_LIMIT_S = float(os.environ.get("DIMO_TEST_LIMIT_S", "20"))
+
+
+def pytest_sessionstart():
+  """With DIMO_NEED_ALL in the environment, nothing may be missing for which a test would skip."""
+  if "DIMO_NEED_ALL" in os.environ:
+    missing = [m for m in ("torch", "pytorch_fid") if importlib.util.find_spec(m) is None]
+    missing += [] if shutil.which("chromium") else ["chromium"]
+    if missing:
+      pytest.exit(f"DIMO_NEED_ALL, but {', '.join(missing)} are not installed", returncode=2)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -12,6 +12,7 @@ import sys
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -465,5 +466,6 @@ def test_torch_reads_the_weights_and_gives_the_same_logits(tmp_path):
   with torch.no_grad():
     got = network.eval()(torch.from_numpy(tokens), torch.from_numpy(labels)).numpy()
   teacher = run.recipe.models("run").teacher
-  wanted = teacher.apply(run.weights["network"], tokens, {"class_id": LABELS})
+  condition = {"class_id": jnp.asarray(LABELS)}
+  wanted = teacher.apply(run.weights["network"], jnp.asarray(tokens), condition)
   np.testing.assert_allclose(got, wanted, atol=1e-5)
