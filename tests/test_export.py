@@ -89,7 +89,7 @@ def test_the_torch_format_is_the_published_layout(exported):
     assert settings["conditioning"]["null_class_token_id"] == 32 + 1 + 10
     assert settings["network"]["num_heads"] == 2
   else:
-    assert settings["sampler"]["sigmas"] == [80.0, 5.0, 1.5, 0.5]
+    assert settings["sampler"]["sigmas"] == [80.0, 1.0, 0.4, 0.15]
     assert settings["preconditioning"]["sigma_data"] == 0.5
     assert settings["network"]["class"] == "DenoisingMLP"
 

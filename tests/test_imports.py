@@ -45,13 +45,13 @@ RANK = {name: row for row, line in enumerate(LAYERS.split("\n")) for name in lin
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
+for name in ("torch", "torchvision", "tensorflow", "tensorboard"):
+  sys.modules[name] = None  # an import of it fails, as where it is not installed
 import dimo_jax
 def fail(name):
   raise ImportError(name)
 for module in pkgutil.walk_packages(dimo_jax.__path__, "dimo_jax.", onerror=fail):
   importlib.import_module(module.name)
-roots = {name.split(".")[0] for name in sys.modules}
-print(*sorted(roots & {"torch", "tensorflow", "tensorboard", "torchvision"}))
 """
 
 
@@ -126,7 +126,6 @@ def test_no_torch_and_no_tensorflow():
   command = [sys.executable, "-c", IMPORT_ALL]
   result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
   assert result.returncode == 0, result.stderr
-  assert result.stdout.split() == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
