@@ -40,7 +40,7 @@ class Question(NamedTuple):
 PRESETS = {
   "dimo": Preset("digits", None, {"train.num_steps": 1000}),
   "one_step": Preset("digits_dmd2", "one_step", {"train.num_steps": 250}),
-  "four_step": Preset("digits_dmd2", "four_step", {"train.num_steps": 250}),
+  "four_step": Preset("digits_dmd2", "four_step", {"train.num_steps": 500}),
 }
 
 _NO_GAN = {"dmd2.gan_generator_weight": 0.0, "dmd2.gan_critic_weight": 0.0}
