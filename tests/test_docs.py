@@ -100,6 +100,7 @@ def test_an_own_divergence_has_the_gradient_of_its_closed_form(example):
   assert jnp.abs(divergence(fake, fake)).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_the_distillation_by_hand_is_that_of_a_run(example, capsys):
   rows = example("by_hand") and capsys.readouterr().out.splitlines()
   assert len(rows) == 3
