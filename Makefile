@@ -11,7 +11,7 @@ NEED_PYTHON := import sys; sys.version_info >= (3, 11) or sys.exit( \
   "Python 3.11 or newer is needed, this is %d.%d: try make PYTHON=python3.12 ..." % sys.version_info[:2])
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-full check clean
+.PHONY: help quickstart install test test-full docs check clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | column -t -s '|'
@@ -27,14 +27,17 @@ test: $(VENV)/.installed-dev ## run the test suite (PYTEST_ARGS="-k name")
 test-full: $(VENV)/.installed-dev ## run also the slow tests: full-size models, soaks, studies
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "slow or not slow" --timeout 0
 
-check: $(VENV)/.installed-dev ## lint, format and type checks, requirements up to date
+docs: $(VENV)/.installed-docs ## build the documentation into site/; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
+check: $(VENV)/.installed-dev docs ## lint, format and type checks, requirements up to date, docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/requirements.py --check
 
 clean: ## remove the virtual environment and caches (never runs/)
-	rm -rf $(VENV) .ci/venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .ci/venv site .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps exist only while the environment is whole: each recipe removes them first and makes
@@ -42,7 +45,7 @@ clean: ## remove the virtual environment and caches (never runs/)
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c '$(NEED_PYTHON)'
 	@test -e $@ || $(PYTHON) -m venv --clear $(VENV)
-	@rm -f $@ $(VENV)/.installed-dev
+	@rm -f $@ $(VENV)/.installed-dev $(VENV)/.installed-docs
 	@echo "Installing into $(VENV), about a minute and 1.2 GB ..."
 	@$(PIP) install -r requirements.txt
 	@$(PIP) install --no-deps -e .
@@ -52,3 +55,8 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	@rm -f $@ $(VENV)/.installed
 	@$(PIP) install -r requirements-dev.txt
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev requirements-docs.txt
+	@rm -f $@ $(VENV)/.installed $(VENV)/.installed-dev
+	@$(PIP) install -r requirements-docs.txt
+	@touch $(VENV)/.installed $(VENV)/.installed-dev $@

@@ -20,7 +20,7 @@ from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.sharding import check_batch, make_mesh, state_sharding
 from dimo_jax.state import split
 from dimo_jax.teachers import Teacher, build_teacher, build_tokenizer, pick
-from dimo_jax.teachers.maskgit import MaskedTeacher
+from dimo_jax.teachers.network import MaskedNetwork
 from dimo_jax.teachers.tokenizers import Tokenizer
 from dimo_jax.types import UserError, choose
 
@@ -205,14 +205,14 @@ def _family(
 ) -> tuple[MaskedDenoising | GaussianDenoising, MaskGit | Heun, dict[str, Any]]:
   """The teacher's loss and sampler, and what an objective must know of it."""
   fields: dict[str, Any]
-  if isinstance(teacher, MaskedTeacher):
-    fields = {"num_tokens": teacher.network.num_tokens, "mask_token_id": teacher.mask_token_id}
+  if isinstance(teacher, MaskedNetwork):
+    fields = {"num_tokens": teacher.num_tokens, "mask_token_id": teacher.mask_token_id}
     masked = pick(MaskedDenoising, config.teacher.pretrain)
     pretraining = MaskedDenoising(**fields, **masked)
-    fields["codebook_size"] = teacher.network.codebook_size
+    fields["codebook_size"] = teacher.codebook_size
     decoding = MaskGit(
       grid=tokenizer.grid,
-      codebook_size=teacher.network.codebook_size,
+      codebook_size=teacher.codebook_size,
       mask_token_id=teacher.mask_token_id,
       **config.teacher.decoding,
     )

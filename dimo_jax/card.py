@@ -69,8 +69,8 @@ def card(
 
 def _network(run: Run) -> str:
   teacher = run.recipe.models("").teacher
-  network = teacher.network.model if teacher.kind == "gaussian" else teacher.network
-  return type(network).__name__
+  network = getattr(teacher, "network", teacher)
+  return type(getattr(network, "model", network)).__name__
 
 
 def _cell(row: Mapping[str, Any], key: str) -> str:

@@ -13,10 +13,10 @@ from dimo_jax import cli
 from dimo_jax.preemption import STOP
 from dimo_jax.types import UserError
 
-MODES = ("train", "evaluate", "sample", "pairs")
+MODES = ("train", "teacher", "evaluate", "sample", "pairs")
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; teacher: train it, no more.")
 _CHECKPOINT = flags.DEFINE_enum(
   "checkpoint", "last", ("last", "best"), "--mode=evaluate|sample: the student's checkpoint."
 )
@@ -31,7 +31,7 @@ _NUM_PAIRS = flags.DEFINE_integer("num_pairs", 10_000, "--mode=pairs: how many t
 def _dispatch() -> None:
   if not _WORKDIR.value:
     raise UserError("--workdir is missing; name a folder, such as --workdir=runs/digits")
-  if _MODE.value == "train" and _CHECKPOINT.value != "last":
+  if _MODE.value in ("train", "teacher") and _CHECKPOINT.value != "last":
     raise UserError("--checkpoint=best is for --mode=evaluate and --mode=sample")
   # Imported here, so that a mistyped flag is answered before JAX starts.
   from dimo_jax import build, evaluate, pairs, prepare, sample, train
@@ -56,6 +56,12 @@ def _dispatch() -> None:
     with _writable(workdir):
       train.train(experiment, workdir)
       evaluate.evaluate_workdir(experiment, workdir)
+  elif _MODE.value == "teacher":
+    given = experiment.config.teacher.path
+    if given:
+      raise UserError(f"--mode=teacher trains one; teacher.path={given!r} must be empty")
+    with _writable(workdir):
+      train.make_teacher(experiment, workdir)
   elif _MODE.value == "pairs":
     with _writable(workdir):
       pairs.make_pairs(experiment, workdir, _NUM_PAIRS.value, _SEED.value, _OUT.value)

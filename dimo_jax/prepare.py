@@ -201,32 +201,43 @@ def from_published(teacher: Teacher, arrays: Mapping[str, np.ndarray]) -> Params
   """A network's parameters from a state dict with the published key names.
 
   Raises:
-    UserError: keys are missing or unexpected, or shapes are another network's.
+    UserError: keys are missing or unexpected, shapes are another network's, or the network has none
+      that were published.
   """
   if isinstance(teacher, GaussianTeacher):
     return edm.from_published(arrays, teacher.network)
-  return maskgit.from_published(arrays, scan_layers=teacher.network.scan_layers)
+  if isinstance(teacher, MaskedTeacher):
+    return maskgit.from_published(arrays, scan_layers=teacher.network.scan_layers)
+  raise _unpublished(teacher)
 
 
 def to_published(teacher: Teacher, params: Params) -> dict[str, np.ndarray]:
   """The inverse of `from_published`."""
   if isinstance(teacher, GaussianTeacher):
     return edm.to_published(params, teacher.network)
-  return maskgit.to_published(params)
+  if isinstance(teacher, MaskedTeacher):
+    return maskgit.to_published(params)
+  raise _unpublished(teacher)
+
+
+def _unpublished(teacher: Teacher) -> UserError:
+  return UserError(f"{type(teacher).__name__} has no published key names, as --format=torch needs")
 
 
 def _from_published(experiment: Experiment, field: str, archive: Archive) -> Params:
   """The network of a published file; of one with several, the first that is a teacher."""
   wanted = experiment.config.teacher.name
+  network: Any = getattr(experiment.teacher, "network", None)
   try:
     name = families.guess(archive)
     family = families.FAMILIES[name]
     if family.teacher != wanted:
       fitting = [row.title for row in families.FAMILIES.values() if row.teacher == wanted]
+      fitting = fitting or [f"a {TEACHER_FILE} that was trained here"]
       raise UserError(
         f"it is {family.title}, and teacher.name={wanted!r} needs {' or '.join(fitting)}"
       )
-    families.check_sizes(family.sizes(archive), experiment.teacher.network)
+    families.check_sizes(family.sizes(archive), network)
     scan_layers = experiment.config.model.scan_layers
     parts = families.convert(archive, name, scan_layers=scan_layers).parts
   except UserError as error:

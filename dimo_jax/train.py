@@ -233,9 +233,14 @@ def distill(
   )
 
 
-def train(experiment: Experiment, workdir: Path) -> None:
-  """Every stage of a run that is not yet done."""
+def make_teacher(experiment: Experiment, workdir: Path) -> tuple[Params, Params, Reference | None]:
+  """The stages before the distillation, where not yet done: tokenizer, classifier, teacher.
+
+  Returns:
+    The teacher's network and tokenizer parameters, and the reference of the evaluation if any.
+  """
   prepare.check_workdir(experiment, workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
   on_first(lambda: prepare.recipe(experiment).save(workdir))
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   reference = prepare.fit_classifier(experiment, workdir)
@@ -243,7 +248,12 @@ def train(experiment: Experiment, workdir: Path) -> None:
   teacher_params, tokenizer_params = train_teacher(experiment, workdir, fitted)
   if tokenizer_params is not fitted:
     prepare.keep_tokenizer(workdir, tokenizer_params)
-  distill(experiment, workdir, teacher_params, tokenizer_params, reference)
+  return teacher_params, tokenizer_params, reference
+
+
+def train(experiment: Experiment, workdir: Path) -> None:
+  """Every stage of a run that is not yet done."""
+  distill(experiment, workdir, *make_teacher(experiment, workdir))
 
 
 def restore(

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from configs import base, benchmark, digits_dmd2, imagenet64
+from configs import (
+  base,
+  benchmark,
+  digits_dmd2,
+  imagenet64,
+  imagenet64_teacher,
+  imagenet256_teacher,
+)
 from dimo_jax.build import build
 from dimo_jax.health import Health
 from dimo_jax.models.mask_transformer import MaskTransformer
@@ -108,7 +115,10 @@ def test_a_preset_only_overrides_and_says_how_it_is_run(preset):
   assert preset == "base" or f"--config=configs/{preset}.py" in module.__doc__
 
 
-@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("base", "imagenet64")])
+NEED_IMAGENET = ("imagenet64", "imagenet64_teacher", "imagenet256_teacher")
+
+
+@pytest.mark.parametrize("preset", [p for p in PRESETS if p not in ("base", *NEED_IMAGENET)])
 def test_a_preset_can_be_built(preset):
   config = importlib.import_module(f"configs.{preset}").get_config()
   config.train.batch_size = max(config.train.batch_size, jax.device_count())
@@ -129,6 +139,53 @@ def test_imagenet64_is_the_published_network(variant):
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == pytest.approx(296e6, rel=0.002)
   assert experiment.objective.has_critic is (variant != "no_gan")
   assert experiment.student_sampler.sigmas == (80.0,)
+
+
+@pytest.mark.parametrize(
+  ("module", "millions"),
+  [(imagenet256_teacher, 174.161), (imagenet64_teacher, 295.90)],
+  ids=["maskgit", "edm"],
+)
+def test_the_teachers_train_the_published_networks(module, millions):
+  """Published: 174.161 M parameters of MaskGIT; EDM's are counted in the PyTorch network."""
+  config = module.get_config()
+  size = 256 if module is imagenet256_teacher else 64
+  config.data.update(name="noise", image_size=size)
+  if config.tokenizer.name == "vqgan":
+    config.tokenizer.path = "random"
+  experiment = build(config)
+  assert experiment.tokenizer.image_shape == (size, size, 3)
+  shapes = jax.eval_shape(experiment.teacher.init, jax.random.key(0))
+  total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+  assert total / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_the_published_settings_of_the_teachers():
+  """arXiv:2310.14400 with its release v1.0, and EDM's table of training configurations."""
+  config = imagenet256_teacher.get_config()
+  pretrain = config.teacher.pretrain
+  assert (pretrain.num_steps, pretrain.batch_size, pretrain.ema_decay) == (755_200, 512, 0.0)
+  assert (pretrain.mask_schedule, pretrain.mask_kind) == ("arccos", "bernoulli")
+  assert (pretrain.loss_positions, pretrain.label_smoothing) == ("all", 0.1)
+  assert (pretrain.condition_drop_rate, pretrain.dropout, config.model.dropout) == (0.1, True, 0.1)
+  optim = pretrain.optim
+  assert (optim.name, optim.learning_rate, optim.b1, optim.b2) == ("adamw", 1e-4, 0.9, 0.96)
+  assert (optim.weight_decay, optim.clip_norm, optim.num_warmup) == (1e-5, 1.0, 0)
+  assert optim.schedule == "constant" and config.data.flip
+
+  config = imagenet64_teacher.get_config()
+  pretrain = config.teacher.pretrain
+  assert (pretrain.num_steps, pretrain.batch_size) == (610_352, 4096)
+  assert pretrain.ema_decay ** (50e6 / 4096) == pytest.approx(0.5)
+  assert (pretrain.noise_levels, pretrain.noise_mean, pretrain.noise_std) == (
+    "log_normal", -1.2, 1.2
+  )  # fmt: skip
+  assert (pretrain.condition_drop_rate, pretrain.dropout) == (0.0, True)
+  assert config.denoiser.dropout == 0.1 and not config.data.flip
+  optim = pretrain.optim
+  assert (optim.name, optim.learning_rate, optim.b1, optim.b2) == ("adam", 1e-4, 0.9, 0.999)
+  assert (optim.weight_decay, optim.clip_norm, optim.eps) == (0.0, 0.0, 1e-8)
+  assert optim.schedule == "constant" and optim.num_warmup * 4096 == pytest.approx(10e6, rel=1e-3)
 
 
 @pytest.mark.parametrize(

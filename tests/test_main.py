@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def refused(command, tmp_path):
     ("--config.train=3", ["--config.train", "3"]),
     ("--nope=1", ["nope"]),
     ("stray", ["'stray'", "--"]),
-    ("--mode=fly", ["--mode=fly", "train|evaluate|sample"]),
+    ("--mode=fly", ["--mode=fly", "train|teacher|evaluate|sample"]),
     ("--config.dimo.r_init=1.7", ["r_init=1.7", "[0, 1]"]),
     ("--config.dimo.r_init_high=0.2", ["dimo.r_init_high=0.2", "r_init=0.6"]),
     ("--config.sampling.top_k=-1", ["sampling.top_k=-1", "0 .. 33"]),
@@ -155,6 +156,10 @@ def test_a_bad_value_has_one_line_that_says_what_is_right(refused, argument, nee
     ),
     ([CONFIG, "--config.data.name=labels"], ["tokenizer.name='patch'", "images"]),
     ([CONFIG, "--mode=evaluate"], ["holds no training", "--mode=train"]),
+    (
+      [CONFIG, "--mode=teacher", "--config.teacher.path=random"],
+      ["--mode=teacher trains one", "teacher.path='random' must be empty"],
+    ),
     ([CONFIG, "--mode=sample"], ["holds no training", "--mode=train"]),
     ([CONFIG, "--mode=sample", "--labels=3,10"], ["--labels='3,10'", "0 .. 9"]),
     ([CONFIG, "--mode=sample", "--labels=-1"], ["--labels='-1'", "0 .. 9"]),
@@ -413,6 +418,23 @@ def test_evaluation_alone_repeats_the_results(evaluated, reference):
   commands.assert_same_rows(
     commands.rows(workdir / "distill"), commands.rows(reference / "distill")
   )
+
+
+@pytest.fixture(scope="module")
+def teacher_alone(reference, tmp_path_factory):
+  """(workdir, stdout) of a teacher's training alone."""
+  workdir = tmp_path_factory.mktemp("teacher") / "run"
+  commands.copy_run(reference, workdir, "teacher", "distill")
+  with commands.shared_folder(tmp_path_factory) as shared:
+    return workdir, commands.run(shared, workdir, "--mode=teacher")[0]
+
+
+def test_a_teacher_alone_is_that_of_a_whole_run(teacher_alone, reference):
+  workdir, out = teacher_alone
+  assert f"teacher {commands.NUM_STEPS}/{commands.NUM_STEPS}" in out
+  file = pathlib.Path("teacher", "teacher.safetensors")
+  assert (workdir / file).read_bytes() == (reference / file).read_bytes()
+  assert not (workdir / "distill").exists() and not (workdir / "results.json").exists()
 
 
 @pytest.fixture(scope="module")

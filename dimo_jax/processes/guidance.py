@@ -36,7 +36,8 @@ def guided(
 
   Args:
     inputs: token grids, or noisy images with their levels: a tree of [b, ...] arrays.
-    condition, null_condition: trees of [b, ...] arrays of the same structure.
+    condition: a tree of [b, ...] arrays.
+    null_condition: another of the same structure.
     scale: guidance scale, one number or one per sample.
   """
   if isinstance(scale, int | float) and scale == 1:

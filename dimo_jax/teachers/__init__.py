@@ -15,13 +15,14 @@ from dimo_jax.models.vqgan import VQGAN
 from dimo_jax.processes.gaussian import PROCESSES, VariancePreserving
 from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.teachers.maskgit import MaskedTeacher
+from dimo_jax.teachers.network import GaussianNetwork, MaskedNetwork
 from dimo_jax.teachers.tokenizers import NoTokenizer, PatchTokenizer, PixelTokenizer, Tokenizer
 from dimo_jax.teachers.vqgan import VQGANTokenizer
 from dimo_jax.types import UserError, choose
 
 __all__ = ["DENOISERS", "TEACHERS", "TOKENIZERS", "Teacher", "build_teacher", "build_tokenizer"]
 
-Teacher = MaskedTeacher | GaussianTeacher
+Teacher = MaskedNetwork | GaussianNetwork
 ImageShape = tuple[int, int, int]
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}

@@ -1,7 +1,6 @@
 """The continuous teacher: a denoiser of images (or latents) with its Gaussian process."""
 
 import dataclasses
-import math
 from typing import cast
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 from dimo_jax.models.edm import EDMPrecond, Output, VPPrecond
 from dimo_jax.processes.gaussian import GaussianProcess, Noised
-from dimo_jax.teachers.network import ClassNetwork
+from dimo_jax.teachers.network import GaussianNetwork
 from dimo_jax.types import Array, Condition, Key, Params, UserError
 
 # Of the denoisers' fields, those that count something; each has some of them.
@@ -24,13 +23,11 @@ _SIZES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussianTeacher(ClassNetwork):
+class GaussianTeacher(GaussianNetwork):
   """Network and process of a continuous teacher; parameters live in train states."""
 
   network: EDMPrecond | VPPrecond
   process: GaussianProcess
-
-  kind = "gaussian"
 
   def __post_init__(self):
     model = self.network.model
@@ -47,15 +44,6 @@ class GaussianTeacher(ClassNetwork):
     """(height, width, channels) of what it denoises."""
     model = self.network.model
     return model.img_resolution, model.img_resolution, model.img_channels
-
-  @property
-  def forward_flops(self) -> float:
-    """Floating-point operations of one image's forward pass, as XLA counts the program's."""
-    params = jax.eval_shape(self.init, jax.random.key(0))
-    inputs = Noised(jnp.zeros((1, *self.image_shape)), jnp.ones(1))
-    condition = {"class_id": jnp.zeros(1, jnp.int32)}
-    cost = jax.jit(self.apply).lower(params, inputs, condition).cost_analysis() or {}
-    return cost.get("flops", math.nan)
 
   @property
   def null_class(self) -> int:

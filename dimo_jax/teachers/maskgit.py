@@ -3,21 +3,16 @@
 import dataclasses
 from typing import cast
 
-import jax
-import jax.numpy as jnp
-
 from dimo_jax.models.mask_transformer import MaskTransformer
-from dimo_jax.teachers.network import ClassNetwork
+from dimo_jax.teachers.network import MaskedNetwork
 from dimo_jax.types import Array, Condition, Float, Int, Key, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedTeacher(ClassNetwork):
+class MaskedTeacher(MaskedNetwork):
   """Network and process constants of a masked teacher; parameters live in train states."""
 
   network: MaskTransformer
-
-  kind = "masked"
 
   def __post_init__(self):
     net = self.network
@@ -33,23 +28,23 @@ class MaskedTeacher(ClassNetwork):
 
   @property
   def forward_flops(self) -> float:
-    """Floating-point operations of one sample's forward pass."""
+    """Floating-point operations of one sample's forward pass, scanned layers counted."""
     return float(self.network.forward_flops)
 
   @property
-  def mask_token_id(self) -> int:
-    """The id that stands for a masked token: the first after the codes."""
+  def num_tokens(self) -> int:
+    """Tokens of a grid."""
+    return self.network.num_tokens
+
+  @property
+  def codebook_size(self) -> int:
+    """Number of codes."""
     return self.network.codebook_size
 
   @property
   def null_class(self) -> int:
     """The class id that stands for none: the first after the classes."""
     return self.network.num_classes
-
-  def init(self, key: Key) -> Params:
-    """Random parameters."""
-    tokens = jnp.zeros((1, self.network.num_tokens), jnp.int32)
-    return jax.jit(self.network.init)(key, tokens, jnp.zeros(1, jnp.int32))["params"]
 
   def apply(
     self,
