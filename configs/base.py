@@ -256,6 +256,8 @@ def get_config() -> ConfigDict:
   health.max_contrast = 2.0  # of DMD2's images before they are clipped; above: diverged
   health.max_brightness = 0.98  # |mean| of those pixels, above: all black or all white
   health.patience = 3  # readings in a row before the run stops; pictures stop it at the first
+  # An update with anything NaN or infinite in it is left out; so many in a row stop the run.
+  health.max_skipped = 10
 
   config.lock()
   return config

@@ -242,6 +242,7 @@ def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     ("log", "keep_checkpoints"),
     ("log", "num_pictures"),
     ("health", "patience"),
+    ("health", "max_skipped"),
   )
   for section, name in positive:
     if config[section][name] < 1:
