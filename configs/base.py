@@ -39,7 +39,9 @@ def get_config() -> ConfigDict:
   # wrote; "tfds": data_dir, "" its default.
   data.path = ""
   data.tfds_name = ""  # "tfds": the data set, such as "imagenet2012" or "imagenet_resized/64x64"
-  data.image_size = 0  # "folder", "tfds": pixels a side, scaled and cropped; 0: all have one size
+  # Pixels a side; 0: all have one size. "folder" and "tfds" scale and crop to it, "prepared" must
+  # have it.
+  data.image_size = 0
   data.pairs = ""  # noise-image pairs made by --mode=pairs, for dmd2.regression_weight
   data.flip = False  # mirror training images at random (DMD2 on ImageNet-64 does)
   # Threads that read ahead, each a whole batch. Small images in memory are read under the

@@ -37,7 +37,7 @@ prepare
 hooks start artifacts
 judges
 train
-sample evaluate benchmark pairs study card
+sample evaluate benchmark pairs study card plan
 export
 main
 """
