@@ -72,6 +72,9 @@ def get_config() -> ConfigDict:
   model.num_heads = 16  # of attention; divides hidden_dim
   model.mlp_dim = 3072  # width of the hidden layer of each block
   model.dropout = 0.1  # the rate, where dropout is active (teacher.pretrain, dimo.dropout)
+  # What a block keeps for its backward pass besides its inputs; the rest is computed again: "none"
+  # keeps all, "full" nothing, and "dots_saveable", "dots_with_no_batch_dims_saveable" products.
+  model.remat = "none"
   model.scan_layers = True  # one compiled block run num_layers times: compile time constant
 
   config.process = process = ConfigDict()  # of continuous teachers (teacher.name = "edm")
@@ -103,6 +106,7 @@ def get_config() -> ConfigDict:
   denoiser.decoder_type = "standard"  # "song": "standard" or "skip"
   denoiser.resample_filter = (1, 1)  # "song": (1, 3, 3, 1) for NCSN++
   denoiser.hidden_dim = 256  # "mlp": width
+  denoiser.remat = "none"  # "adm", "song": as model.remat
 
   config.precision = precision = ConfigDict()
   precision.compute_dtype = "float32"  # of activations: "float32" or "bfloat16"

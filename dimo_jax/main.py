@@ -32,6 +32,9 @@ _DEVICES = flags.DEFINE_integer("devices", 1, "--mode=plan: how many there would
 _DEVICE_MEMORY_GIB = flags.DEFINE_float(
   "device_memory_gib", None, "--mode=plan: memory of each, to say what fits."
 )
+_TARGET = flags.DEFINE_string(
+  "target", "", "--mode=plan: compile for this TPU topology, as v5e:4x4, instead of estimating."
+)
 
 
 def _dispatch() -> None:
@@ -77,9 +80,15 @@ def _dispatch() -> None:
 def _plan() -> None:
   if cli.CONFIG.value is None:
     raise UserError("--config is missing; name a config, such as --config=configs/digits.py")
-  from dimo_jax import plan
+  import jax
 
-  plan.plan(cli.CONFIG.value, _DEVICES.value, _DEVICE_MEMORY_GIB.value)
+  jax.config.update("jax_platforms", "cpu")  # nothing runs, whatever devices this machine has
+  from dimo_jax import plan, target
+
+  if _TARGET.value:
+    target.compile_for(cli.CONFIG.value, _TARGET.value)
+  else:
+    plan.plan(cli.CONFIG.value, _DEVICES.value, _DEVICE_MEMORY_GIB.value)
 
 
 @contextlib.contextmanager

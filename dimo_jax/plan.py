@@ -5,8 +5,8 @@ Nothing is allocated and no file is read: networks are traced, not run. Two kind
 * The state's bytes (parameters, moments, average, teacher) are exact for the sharding rules.
 * Temporaries are an estimate: what JAX keeps of one loss's forward pass for its backward pass on
   one device's share of a micro-batch, for the costlier of the two losses, and that network's
-  gradients. A compiler fuses some of it away, and needs scratch space of its own; with
-  `mesh.fsdp` above 1 it also gathers parameters, which is not counted.
+  gradients. A compiler fuses some of it away, and needs scratch space of its own. Not counted are
+  the parameters gathered with `mesh.fsdp` above 1, and what a rematerialised block computes again.
 """
 
 import copy
@@ -44,11 +44,13 @@ class Layout:
   Attributes:
     batch_size: of one micro-batch over all devices.
     accumulation: micro-batches of one update.
+    remat: of the network's blocks.
   """
 
   fsdp: int
   batch_size: int
   accumulation: int
+  remat: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,17 +87,28 @@ class Planner:
     if num_devices < 1:
       raise UserError(f"--devices={num_devices} must be 1 or more")
     self.config, self.num_devices = config, num_devices
-    self.layout = Layout(config.mesh.fsdp, config.train.batch_size, config.train.accumulation)
+    train = config.train
     mesh = abstract_mesh(num_devices, self.layout.fsdp)
-    check_batch(self.layout.batch_size, mesh, "train.batch_size")
-    self.experiment = build(without_files(config), make_mesh(1, jax.devices()[:1]))
+    check_batch(train.batch_size, mesh, "train.batch_size")
+    self._mesh = make_mesh(1, jax.devices()[:1])  # not planned for: networks need one to be built
+    self.experiment = build(without_files(config), self._mesh)
     self.teacher, self.state = shapes(self.experiment)
+    self._section = "model" if self.experiment.teacher.kind == "masked" else "denoiser"
+    remat = config[self._section].remat
+    self.layout = Layout(config.mesh.fsdp, train.batch_size, train.accumulation, remat)
+    self._activations: dict[str, dict[str, tuple[int, int]]] = {}
 
-  @functools.cached_property
-  def _activations(self) -> dict[str, tuple[int, int]]:
+  def activations(self, remat: str) -> dict[str, tuple[int, int]]:
     """By loss: (bytes that do not depend on the batch, bytes for each sample)."""
-    arguments = self.experiment, self.state, self.teacher
-    return {name: residual_bytes(*arguments, name) for name in _NETWORKS}
+    if remat not in self._activations:
+      config = without_files(self.config)
+      config[self._section].remat = remat
+      experiment = build(config, self._mesh)
+      teacher, state = shapes(experiment)
+      self._activations[remat] = {
+        name: residual_bytes(experiment, state, teacher, name) for name in _NETWORKS
+      }
+    return self._activations[remat]
 
   def memory(self, layout: Layout) -> Memory:
     """What each device holds."""
@@ -105,7 +118,7 @@ class Planner:
     samples = layout.batch_size / self.num_devices  # of a micro-batch, on one device
     sums = 2 if layout.accumulation > 1 else 1
     costs = []
-    for name, (fixed, per_sample) in self._activations.items():
+    for name, (fixed, per_sample) in self.activations(layout.remat).items():
       gradients = sums * count(getattr(self.state, name).params)
       costs.append((gradients, fixed + math.ceil(samples * per_sample)))
     gradients, activations = max(costs, key=sum)
@@ -116,8 +129,8 @@ class Planner:
 
   def largest_batch(self, layout: Layout, limit: int) -> int:
     """The largest micro-batch, a multiple of the devices, that needs at most `limit` bytes each."""
-    most = limit // max(1, min(per_sample for _, per_sample in self._activations.values()))
-    low, high = 0, int(most) + 1  # samples on one device: low fits, high does not
+    smallest = min(per_sample for _, per_sample in self.activations(layout.remat).values())
+    low, high = 0, limit // max(1, smallest) + 1  # samples on one device: low fits, high does not
     while high - low > 1:
       middle = (low + high) // 2
       batch_size = middle * self.num_devices
@@ -126,8 +139,8 @@ class Planner:
     return low * self.num_devices
 
   def remedies(self, limit: int) -> dict[str, Layout]:
-    """Layouts that fit into `limit` bytes: by sharding alone, by smaller micro-batches alone, and
-    where neither helps by both.
+    """Layouts that fit into `limit` bytes: by sharding alone, by smaller micro-batches alone, by
+    rematerialisation alone, and where none helps by several at once.
     """
     shards = [
       dataclasses.replace(self.layout, fsdp=fsdp)
@@ -137,15 +150,33 @@ class Planner:
     kinds = {
       "shard": shards,
       "accumulate": list(self._accumulated(self.layout)),
-      "shard and accumulate": [layout for shard in shards for layout in self._accumulated(shard)],
+      "rematerialise": [_rematerialised(self.layout)],
     }
-    found: dict[str, Layout] = {}
-    for kind, layouts in kinds.items():
-      fitting = (layout for layout in layouts if self.memory(layout).total <= limit)
-      layout = None if found and kind == "shard and accumulate" else next(fitting, None)
-      if layout is not None:
-        found[kind] = layout
-    return found
+    both = [layout for shard in shards for layout in self._accumulated(shard)]
+    everything = [_rematerialised(layout) for layout in kinds["accumulate"] + shards + both]
+    found = self._fitting(kinds, limit)
+    found = found or self._fitting({"shard and accumulate": both}, limit)
+    return found or self._fitting({"rematerialise and more": everything}, limit)
+
+  def _fitting(self, kinds: dict[str, list[Layout]], limit: int) -> dict[str, Layout]:
+    """The first layout of each kind that fits."""
+    fitting = {
+      kind: [layout for layout in layouts if self.memory(layout).total <= limit]
+      for kind, layouts in kinds.items()
+    }
+    return {kind: layouts[0] for kind, layouts in fitting.items() if layouts}
+
+  def flags(self, layout: Layout) -> str:
+    """The flags that make a config of it."""
+    fields = {
+      "mesh.fsdp": layout.fsdp,
+      "train.batch_size": layout.batch_size,
+      "train.accumulation": layout.accumulation,
+      f"{self._section}.remat": layout.remat,
+    }
+    if layout.remat == self.layout.remat:
+      fields.popitem()
+    return " ".join(f"--config.{name}={value}" for name, value in fields.items())
 
   def _accumulated(self, layout: Layout) -> Iterator[Layout]:
     """The same update from more and smaller micro-batches, the largest ones first."""
@@ -156,6 +187,10 @@ class Planner:
           batch_size=layout.batch_size // pieces,
           accumulation=layout.accumulation * pieces,
         )
+
+
+def _rematerialised(layout: Layout) -> Layout:
+  return dataclasses.replace(layout, remat="full")
 
 
 def plan(
@@ -218,13 +253,12 @@ def _advise(planner: Planner, memory: Memory, limit: int) -> dict[str, Any]:
     say(f"it fits, with {(limit - memory.total) / _GIB:.3f} GiB to spare")
   elif not remedies:
     say(
-      "it does not fit, however sharded and accumulated: take more devices, or devices with more"
-      " memory"
+      "it does not fit, however sharded, accumulated and rematerialised: take more devices, or ones"
+      " with more memory"
     )
   for kind, layout in remedies.items():
     say(
-      f"it does not fit; {kind}: --config.mesh.fsdp={layout.fsdp} --config.train.batch_size="
-      f"{layout.batch_size} --config.train.accumulation={layout.accumulation} needs"
+      f"it does not fit; {kind}: {planner.flags(layout)} needs"
       f" {planner.memory(layout).total / _GIB:.3f} GiB"
     )
   return {

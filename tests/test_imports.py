@@ -38,7 +38,7 @@ hooks start artifacts
 judges
 train
 sample evaluate benchmark pairs study card plan
-export
+export target
 main
 """
 RANK = {name: row for row, line in enumerate(LAYERS.split("\n")) for name in line.split()}
