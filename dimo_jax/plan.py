@@ -88,8 +88,7 @@ class Planner:
       raise UserError(f"--devices={num_devices} must be 1 or more")
     self.config, self.num_devices = config, num_devices
     train = config.train
-    mesh = abstract_mesh(num_devices, self.layout.fsdp)
-    check_batch(train.batch_size, mesh, "train.batch_size")
+    check_batch(train.batch_size, abstract_mesh(num_devices, config.mesh.fsdp), "train.batch_size")
     self._mesh = make_mesh(1, jax.devices()[:1])  # not planned for: networks need one to be built
     self.experiment = build(without_files(config), self._mesh)
     self.teacher, self.state = shapes(self.experiment)

@@ -102,8 +102,8 @@ def compile_for(config: ml_collections.ConfigDict, target: str) -> dict[str, Any
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
   began = time.perf_counter()
   try:
-    compiled = jit_distill_step(experiment, state, teacher).lower(state, teacher, batch, key)
-    compiled = compiled.compile()
+    lowered = jit_distill_step(experiment, state, teacher).lower(state, teacher, batch, key)
+    compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -112,6 +112,7 @@ def compile_for(config: ml_collections.ConfigDict, target: str) -> dict[str, Any
       f"--target={target!r} has too little memory for this config: {reason}"
     ) from error
   memory = compiled.memory_analysis()
+  assert memory is not None  # not every backend knows; a TPU's does
   result = {
     "target": target,
     "device_kind": mesh.devices.flat[0].device_kind,
@@ -126,7 +127,7 @@ def compile_for(config: ml_collections.ConfigDict, target: str) -> dict[str, Any
       "aliased_bytes": memory.alias_size_in_bytes,
       "program_bytes": memory.generated_code_size_in_bytes,
     },
-    "collectives": collectives(compiled.as_text()),
+    "collectives": collectives(compiled.as_text() or ""),
     "compile_seconds": time.perf_counter() - began,
   }
   say(f"compiled for {mesh.size} x {result['device_kind']} in {result['compile_seconds']:.0f} s;")
