@@ -96,30 +96,40 @@ class Planner:
     remat = config[self._section].remat
     self.layout = Layout(config.mesh.fsdp, train.batch_size, train.accumulation, remat)
     self._activations: dict[str, dict[str, tuple[int, int]]] = {}
+    self._state_bytes: dict[int, tuple[dict[str, int], dict[str, int]]] = {}
 
   def activations(self, remat: str) -> dict[str, tuple[int, int]]:
     """By loss: (bytes that do not depend on the batch, bytes for each sample)."""
     if remat not in self._activations:
-      config = without_files(self.config)
-      config[self._section].remat = remat
-      experiment = build(config, self._mesh)
-      teacher, state = shapes(experiment)
+      experiment, teacher, state = self.experiment, self.teacher, self.state
+      if remat != self.layout.remat:
+        config = without_files(self.config)
+        config[self._section].remat = remat
+        experiment = build(config, self._mesh)
+        teacher, state = shapes(experiment)
       self._activations[remat] = {
         name: residual_bytes(experiment, state, teacher, name) for name in _NETWORKS
       }
     return self._activations[remat]
 
+  def state_bytes(self, fsdp: int) -> tuple[dict[str, int], dict[str, int]]:
+    """(what stays on each device, by part; the gradients of each network)."""
+    if fsdp not in self._state_bytes:
+      mesh = abstract_mesh(self.num_devices, fsdp)
+      count = functools.partial(bytes_per_device, mesh=mesh, rules=self.config.mesh.rules)
+      parts = state_parts(self.state, self.teacher)
+      gradients = {name: count(getattr(self.state, name).params) for name in _NETWORKS}
+      self._state_bytes[fsdp] = {name: count(tree) for name, tree in parts.items()}, gradients
+    return self._state_bytes[fsdp]
+
   def memory(self, layout: Layout) -> Memory:
     """What each device holds."""
-    mesh = abstract_mesh(self.num_devices, layout.fsdp)
-    count = functools.partial(bytes_per_device, mesh=mesh, rules=self.config.mesh.rules)
-    state = {name: count(tree) for name, tree in state_parts(self.state, self.teacher).items()}
+    state, gradients_of = self.state_bytes(layout.fsdp)
     samples = layout.batch_size / self.num_devices  # of a micro-batch, on one device
     sums = 2 if layout.accumulation > 1 else 1
     costs = []
     for name, (fixed, per_sample) in self.activations(layout.remat).items():
-      gradients = sums * count(getattr(self.state, name).params)
-      costs.append((gradients, fixed + math.ceil(samples * per_sample)))
+      costs.append((sums * gradients_of[name], fixed + math.ceil(samples * per_sample)))
     gradients, activations = max(costs, key=sum)
     rounds = self.experiment.objective.fake_rounds
     generator, fake = (_tree_bytes(batch_shapes(self.experiment, name, 1)) for name in _NETWORKS)
@@ -144,7 +154,7 @@ class Planner:
     shards = [
       dataclasses.replace(self.layout, fsdp=fsdp)
       for fsdp in range(self.layout.fsdp + 1, self.num_devices + 1)
-      if self.num_devices % fsdp == 0
+      if self.num_devices % fsdp == 0 and self._can_shard(fsdp)
     ]
     kinds = {
       "shard": shards,
@@ -153,17 +163,24 @@ class Planner:
     }
     both = [layout for shard in shards for layout in self._accumulated(shard)]
     everything = [_rematerialised(layout) for layout in kinds["accumulate"] + shards + both]
-    found = self._fitting(kinds, limit)
-    found = found or self._fitting({"shard and accumulate": both}, limit)
-    return found or self._fitting({"rematerialise and more": everything}, limit)
+    several = {"shard and accumulate": both, "rematerialise and more": everything}
+    return self._fitting(kinds, limit) or self._fitting(several, limit)
 
   def _fitting(self, kinds: dict[str, list[Layout]], limit: int) -> dict[str, Layout]:
     """The first layout of each kind that fits."""
-    fitting = {
-      kind: [layout for layout in layouts if self.memory(layout).total <= limit]
+    first = {
+      kind: next((layout for layout in layouts if self.memory(layout).total <= limit), None)
       for kind, layouts in kinds.items()
     }
-    return {kind: layouts[0] for kind, layouts in fitting.items() if layouts}
+    return {kind: layout for kind, layout in first.items() if layout is not None}
+
+  def _can_shard(self, fsdp: int) -> bool:
+    """Whether the config's own rules allow it."""
+    try:
+      self.state_bytes(fsdp)
+    except UserError:
+      return False
+    return True
 
   def flags(self, layout: Layout) -> str:
     """The flags that make a config of it."""
