@@ -134,6 +134,7 @@ def compile_for(config: ml_collections.ConfigDict, target: str) -> dict[str, Any
   say("by the compiler's own account, on each device:")
   for name, num_bytes in result["compiler"].items():
     say(f"{name.replace('_', ' '):24s} {num_bytes / 2**30:10.3f} GiB")
+  say("collective operations in its program, those in a loop's body (scanned layers) counted once:")
   for kind, row in result["collectives"].items():
     say(f"{kind:24s} {row['bytes'] / 2**30:10.3f} GiB in {row['count']} operations")
   say(json.dumps(result))
