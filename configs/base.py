@@ -39,7 +39,9 @@ def get_config() -> ConfigDict:
   # wrote; "tfds": data_dir, "" its default.
   data.path = ""
   data.tfds_name = ""  # "tfds": the data set, such as "imagenet2012" or "imagenet_resized/64x64"
-  data.image_size = 0  # "folder", "tfds": pixels a side, scaled and cropped; 0: all have one size
+  # Pixels a side; 0: all have one size. "folder" and "tfds" scale and crop to it, "prepared" must
+  # have it.
+  data.image_size = 0
   data.pairs = ""  # noise-image pairs made by --mode=pairs, for dmd2.regression_weight
   data.flip = False  # mirror training images at random (DMD2 on ImageNet-64 does)
   # Threads that read ahead, each a whole batch. Small images in memory are read under the
@@ -70,6 +72,9 @@ def get_config() -> ConfigDict:
   model.num_heads = 16  # of attention; divides hidden_dim
   model.mlp_dim = 3072  # width of the hidden layer of each block
   model.dropout = 0.1  # the rate, where dropout is active (teacher.pretrain, dimo.dropout)
+  # What a block keeps for its backward pass besides its inputs; the rest is computed again: "none"
+  # keeps all, "full" nothing, and "dots_saveable", "dots_with_no_batch_dims_saveable" products.
+  model.remat = "none"
   model.scan_layers = True  # one compiled block run num_layers times: compile time constant
 
   config.process = process = ConfigDict()  # of continuous teachers (teacher.name = "edm")
@@ -101,6 +106,7 @@ def get_config() -> ConfigDict:
   denoiser.decoder_type = "standard"  # "song": "standard" or "skip"
   denoiser.resample_filter = (1, 1)  # "song": (1, 3, 3, 1) for NCSN++
   denoiser.hidden_dim = 256  # "mlp": width
+  denoiser.remat = "none"  # "adm", "song": as model.remat
 
   config.precision = precision = ConfigDict()
   precision.compute_dtype = "float32"  # of activations: "float32" or "bfloat16"
@@ -256,6 +262,8 @@ def get_config() -> ConfigDict:
   health.max_contrast = 2.0  # of DMD2's images before they are clipped; above: diverged
   health.max_brightness = 0.98  # |mean| of those pixels, above: all black or all white
   health.patience = 3  # readings in a row before the run stops; pictures stop it at the first
+  # An update with anything NaN or infinite in it is left out; so many in a row stop the run.
+  health.max_skipped = 10
 
   config.lock()
   return config

@@ -39,7 +39,7 @@ def get_config(variant: str = "gan") -> ConfigDict:
     raise ValueError(f"configs/imagenet64.py:{variant} is unknown; known: {', '.join(VARIANTS)}")
   config = base.get_config()
   config.objective = "dmd2"
-  config.data.update(name="prepared", flip=True)
+  config.data.update(name="prepared", image_size=64, flip=True)
   config.tokenizer.name = "pixels"
   config.teacher.name = "edm"
   config.precision.compute_dtype = "bfloat16"

@@ -144,10 +144,7 @@ def run(experiment: Experiment, repeats: int, peak_sizes: list[int]) -> dict[str
     seconds["fake_round"] = (seconds["iteration"] - seconds["one_round"]) / (rounds - 1)
     say(f"{'fake_round':22s} {1e3 * seconds['fake_round']:10.1f} ms")
 
-  samples = config.train.batch_size * config.train.accumulation
-  passes = experiment.objective.forward_equivalents
-  forward_flops = experiment.teacher.forward_flops
-  flops = {k: v * samples * forward_flops for k, v in passes.items()}
+  flops = experiment.model_flops
   rate = sum(flops.values()) / seconds["iteration"]
   dtype = jnp.dtype(config.precision.compute_dtype)
   peak = matmul_peak(dtype, peak_sizes, repeats) * jax.device_count()

@@ -78,18 +78,25 @@ class Experiment(Models):
     return source
 
   @property
+  def model_flops(self) -> dict[str, float]:
+    """Floating-point operations of one iteration, by network; optimisers and losses not counted."""
+    train, forward_flops = self.config.train, self.teacher.forward_flops
+    samples = train.batch_size * train.accumulation
+    return {k: v * samples * forward_flops for k, v in self.objective.forward_equivalents.items()}
+
+  @property
   def has_pictures(self) -> bool:
     """Whether tokens can be turned into images."""
     return self.tokenizer.image_shape is not None
 
 
-def build(config: ml_collections.ConfigDict) -> Experiment:
-  """Builds and checks an experiment.
+def build(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Experiment:
+  """Builds and checks an experiment, on a mesh of all devices if none is given.
 
   Raises:
     UserError: a value that cannot work, named with what would be right.
   """
-  mesh = make_mesh(config.mesh.fsdp)
+  mesh = make_mesh(config.mesh.fsdp) if mesh is None else mesh
   _check_numbers(config, mesh)
   if config.data.name == "labels":
     train_source = test_source = None
@@ -242,6 +249,7 @@ def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     ("log", "keep_checkpoints"),
     ("log", "num_pictures"),
     ("health", "patience"),
+    ("health", "max_skipped"),
   )
   for section, name in positive:
     if config[section][name] < 1:

@@ -23,22 +23,39 @@ class Health:
   max_contrast: float
   max_brightness: float
   patience: int
+  max_skipped: int
 
   def __post_init__(self):
     self._strikes: dict[int, int] = {}  # readings in a row, by sign
+    self._skipped: dict[str, float] = {}  # updates left out so far, by network
 
-  def check(self, step: int, metrics: Mapping[str, float], directory: str) -> None:
+  def check(self, step: int, metrics: Mapping[str, float], directory: str) -> str | None:
     """Raises RunStopped at a non-finite value, or where a sign persists.
 
-    It must for `patience` readings, of a picture for one: pictures are rare.
+    It must for `patience` readings, of a picture for one: pictures are rare. Of metrics that are
+    not finite because their update was skipped (`step`), it must for `max_skipped` updates.
+
+    Returns:
+      A line to show where updates were skipped since the last reading.
     """
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if bad:
-      raise RunStopped(
-        f"step {step}: {', '.join(bad)} not finite. The last checkpoint in {directory} is intact."
-        " Look at the gradient norms before it in metrics.jsonl; lower the learning rates, raise"
-        " optim.*.num_warmup, or use precision.compute_dtype='float32'"
-      )
+    bad = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
+    skipped = {name: value for name, value in metrics.items() if name.endswith("/skipped")}
+    new = {name: total - self._skipped.get(name, 0) for name, total in skipped.items()}
+    self._skipped |= skipped
+    advice = (
+      f" The last checkpoint in {directory} is intact. Look at the gradient norms before it in"
+      " metrics.jsonl; lower the learning rates, raise optim.*.num_warmup, or use"
+      " precision.compute_dtype='float32'"
+    )
+    for name, value in metrics.items():
+      if name.endswith("/skipped_in_a_row") and value >= self.max_skipped:
+        raise RunStopped(
+          f"step {step}: {name}={value:.0f} has reached health.max_skipped={self.max_skipped}:"
+          f" update after update is NaN or infinite.{advice}; where other machines run it well,"
+          " replace this one"
+        )
+    if bad and not any(new.values()):
+      raise RunStopped(f"step {step}: {bad} not finite.{advice}")
     signs = (
       (
         "generator/entropy",
@@ -102,6 +119,10 @@ class Health:
         raise RunStopped(
           f"step {step}: {name}={metrics[name]:.4g} {text}. ({patience} readings in a row)"
         )
+    if not any(new.values()):
+      return None
+    counts = ", ".join(f"{name} {total:.0f}" for name, total in skipped.items())
+    return f"step {step}: an update was NaN or infinite and left out; so far {counts}"
 
 
 def disk_is_full(error: BaseException | None) -> bool:

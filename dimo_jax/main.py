@@ -13,9 +13,11 @@ from dimo_jax import cli
 from dimo_jax.preemption import STOP
 from dimo_jax.types import UserError
 
-MODES = ("train", "teacher", "evaluate", "sample", "pairs")
+MODES = ("train", "teacher", "evaluate", "sample", "pairs", "plan")
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; made if missing. --mode=plan needs none."
+)
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; teacher: train it, no more.")
 _CHECKPOINT = flags.DEFINE_enum(
   "checkpoint", "last", ("last", "best"), "--mode=evaluate|sample: the student's checkpoint."
@@ -26,9 +28,19 @@ _OUT = flags.DEFINE_string(
   "out", "", "--mode=sample: PNG file, default WORKDIR/samples.png; pairs: .npz file."
 )
 _NUM_PAIRS = flags.DEFINE_integer("num_pairs", 10_000, "--mode=pairs: how many to make.")
+_DEVICES = flags.DEFINE_integer("devices", 1, "--mode=plan: how many there would be.")
+_DEVICE_MEMORY_GIB = flags.DEFINE_float(
+  "device_memory_gib", None, "--mode=plan: memory of each, to say what fits."
+)
+_TARGET = flags.DEFINE_string(
+  "target", "", "--mode=plan: compile for this TPU topology, as v5e:4x4, instead of estimating."
+)
 
 
 def _dispatch() -> None:
+  if _MODE.value == "plan":
+    _plan()
+    return
   if not _WORKDIR.value:
     raise UserError("--workdir is missing; name a folder, such as --workdir=runs/digits")
   if _MODE.value in ("train", "teacher") and _CHECKPOINT.value != "last":
@@ -69,6 +81,20 @@ def _dispatch() -> None:
     prepare.check_trained(workdir)
     _check_writable(workdir)
     evaluate.evaluate_workdir(experiment, workdir, best=best)
+
+
+def _plan() -> None:
+  if cli.CONFIG.value is None:
+    raise UserError("--config is missing; name a config, such as --config=configs/digits.py")
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")  # nothing runs, whatever devices this machine has
+  from dimo_jax import plan, target
+
+  if _TARGET.value:
+    target.compile_for(cli.CONFIG.value, _TARGET.value)
+  else:
+    plan.plan(cli.CONFIG.value, _DEVICES.value, _DEVICE_MEMORY_GIB.value)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ import optax
 
 from dimo_jax.types import Array, Float, Int, UserError
 
-_FINITE_LIMIT = 1e5  # what infinite gradients are cut to; NaN becomes 0 (Di[M]O release)
-
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSpec:
@@ -68,19 +66,16 @@ class OptimizerSpec:
       )
 
   def build(self, num_updates: int) -> optax.GradientTransformationExtraArgs:
-    """Clip, make finite, Adam, decay, then the learning rate at the clock given to `update`."""
+    """Clip, Adam, decay, then the learning rate at the clock given to `update`.
+
+    Di[M]O's release replaces NaN gradients by 0 and infinite ones by 1e5; here such an update is
+    skipped (`NetworkState.apply_gradients`).
+    """
     parts = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
-    parts += [make_finite(), optax.scale_by_adam(self.b1, self.b2, self.eps)]
+    parts.append(optax.scale_by_adam(self.b1, self.b2, self.eps))
     if self.name == "adamw":
       parts.append(optax.add_decayed_weights(self.weight_decay))
     return optax.chain(*parts, scale_by_clock(self.learning_rate_fn(num_updates)))
-
-
-def make_finite() -> optax.GradientTransformation:
-  """Replaces NaN gradients by 0 and infinite ones by +-1e5."""
-  return optax.stateless_with_tree_map(
-    lambda g, _: jnp.nan_to_num(g, nan=0.0, posinf=_FINITE_LIMIT, neginf=-_FINITE_LIMIT)
-  )
 
 
 def scale_by_clock(learning_rate_fn: optax.Schedule) -> optax.GradientTransformationExtraArgs:

@@ -4,6 +4,7 @@ The mesh is `(data, fsdp)`. Batches are split over both axes; parameters, moment
 split over `fsdp`, along the dimension a rule gives or else along the largest that divides.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dimo_jax.types import Int, UserError, check_pattern
 
 # (regex on the parameter's path, dimension to split, or None to replicate); the first match wins.
 Rules = Sequence[tuple[str, int | None]]
+_AXES = ("data", "fsdp")
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -27,17 +29,32 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
     UserError: `fsdp` does not divide the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  if fsdp < 1 or len(devices) % fsdp:
-    raise UserError(f"mesh.fsdp={fsdp} must divide the number of devices, {len(devices)}")
+  _check_fsdp(fsdp, len(devices))
   return jax.make_mesh(
     (len(devices) // fsdp, fsdp),
-    ("data", "fsdp"),
+    _AXES,
     axis_types=(AxisType.Auto, AxisType.Auto),
     devices=devices,
   )
 
 
-def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:
+def abstract_mesh(num_devices: int, fsdp: int = 1) -> AbstractMesh:
+  """The mesh that `make_mesh` would make of so many devices, without the devices.
+
+  Raises:
+    UserError: `fsdp` does not divide the number of devices.
+  """
+  _check_fsdp(fsdp, num_devices)
+  types = (AxisType.Auto, AxisType.Auto)
+  return AbstractMesh((num_devices // fsdp, fsdp), _AXES, axis_types=types)
+
+
+def _check_fsdp(fsdp: int, num_devices: int) -> None:
+  if fsdp < 1 or num_devices % fsdp:
+    raise UserError(f"mesh.fsdp={fsdp} must divide the number of devices, {num_devices}")
+
+
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, field: str) -> None:
   """Raises UserError where a global batch cannot be split evenly over the mesh."""
   if batch_size < 1 or batch_size % mesh.size:
     raise UserError(
@@ -112,7 +129,7 @@ def _parameter_spec(path: str, shape: tuple[int, ...], fsdp: int, rules: Rules) 
   return PartitionSpec(*[None] * axis, "fsdp")
 
 
-def state_sharding(state: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+def state_sharding(state: Any, mesh: Mesh | AbstractMesh, rules: Rules = ()) -> Any:
   """Shardings for a tree of parameters, moments and counters (arrays or shapes)."""
   fsdp = mesh.shape["fsdp"]
   for pattern, _ in rules:
@@ -123,6 +140,15 @@ def state_sharding(state: Any, mesh: Mesh, rules: Rules = ()) -> Any:
     return NamedSharding(mesh, _parameter_spec(name, getattr(value, "shape", ()), fsdp, rules))
 
   return jax.tree_util.tree_map_with_path(leaf, state)
+
+
+def bytes_per_device(state: Any, mesh: Mesh | AbstractMesh, rules: Rules = ()) -> int:
+  """What one device holds of a tree of arrays or shapes under `state_sharding`."""
+
+  def leaf(x, sharding):
+    return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+  return sum(jax.tree.leaves(jax.tree.map(leaf, state, state_sharding(state, mesh, rules))))
 
 
 def jit_step(

@@ -1,5 +1,6 @@
 """Train states: networks with their trainable and frozen parts, and the whole of each stage."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import optax
 from flax import struct, traverse_util
 from flax.training import train_state
 
-from dimo_jax.types import Array, Condition, Int, Params, UserError, check_pattern
+from dimo_jax.types import Array, Bool, Condition, Int, Params, UserError, check_pattern
 
 
 def split(params: Params, frozen: Sequence[str]) -> tuple[Params, Params]:
@@ -52,11 +53,14 @@ class NetworkState(train_state.TrainState):
       encoder's features, with "both" to the pair. Other options are random draws.
     null_fn: the network's own unconditional condition, given a condition.
     autoencoder: parameters of the tokenizer or autoencoder (the teacher's state only).
+    skipped, skipped_in_a_row: updates left out so far, and since the last one that was not.
   """
 
   frozen: Params = struct.field(default_factory=dict)
   autoencoder: Params = struct.field(default_factory=dict)
   null_fn: Callable[[Condition], Condition] = struct.field(pytree_node=False, default=lambda c: c)
+  skipped: Int[Array, ""] | int = 0
+  skipped_in_a_row: Int[Array, ""] | int = 0
 
   @property
   def all_params(self) -> Params:
@@ -68,12 +72,28 @@ class NetworkState(train_state.TrainState):
     return self.apply_fn(self.all_params, inputs, condition, **options)
 
   def apply_gradients(  # type: ignore[override] # schedules need the clock
-    self, *, grads: Params, clock: Int[Array, ""] | int, **kwargs: Any
+    self,
+    *,
+    grads: Params,
+    clock: Int[Array, ""] | int,
+    sound: Bool[Array, ""] | bool = True,
+    **kwargs: Any,
   ) -> "NetworkState":
-    """One optimiser update at a clock (see `optim.scale_by_clock`)."""
+    """One optimiser update at a clock (see `optim.scale_by_clock`).
+
+    One that is not `sound` is skipped: parameters and moments stay, `step` moves on.
+    """
     updates, opt_state = self.tx.update(grads, self.opt_state, self.params, clock=clock)
-    params = optax.apply_updates(self.params, updates)
-    return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
+    new = optax.apply_updates(self.params, updates), opt_state
+    params, opt_state = optax.tree.where(sound, new, (self.params, self.opt_state))
+    return self.replace(
+      step=self.step + 1,
+      params=params,
+      opt_state=opt_state,
+      skipped=jnp.where(sound, self.skipped, self.skipped + 1),
+      skipped_in_a_row=jnp.where(sound, 0, self.skipped_in_a_row + 1),
+      **kwargs,
+    )
 
 
 class Nets(struct.PyTreeNode):
@@ -118,6 +138,12 @@ class FirstStage(NamedTuple):
 
   generator: Params
   score: Params
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+  """Whether a tree of numbers holds neither NaN nor infinity."""
+  finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+  return functools.reduce(jnp.logical_and, finite, jnp.asarray(True))
 
 
 def copy_tree(tree: Any) -> Any:

@@ -1,4 +1,9 @@
-"""The two training steps, pure and un-jitted; the update schedule is stated here and only here."""
+"""The two training steps, pure and un-jitted; the update schedule is stated here and only here.
+
+An update of which anything came out NaN or infinite is skipped on the device: clocks advance,
+parameters, moments, average and `extra` stay as they were, and the network's state counts it. A
+gradient is judged by its norm.
+"""
 
 from typing import Any
 
@@ -9,7 +14,7 @@ import optax
 from dimo_jax.objectives import StepObjective
 from dimo_jax.objectives.denoising import GaussianDenoising, MaskedDenoising
 from dimo_jax.optim import ema_rate
-from dimo_jax.state import DistillState, Nets, NetworkState, PretrainState
+from dimo_jax.state import DistillState, Nets, NetworkState, PretrainState, all_finite
 from dimo_jax.types import Batch, Key, Metrics, Params
 
 
@@ -40,10 +45,12 @@ def pretrain_step(
     network.params, network, encoded, batch, draws
   )
   metrics["teacher/grad_norm"] = optax.tree.norm(grads)
+  sound = all_finite(metrics)
   ema_step = network.step
-  network = network.apply_gradients(grads=grads, clock=network.step)
-  ema = _update_ema(state.ema, network.params, ema_decay, ema_step)
-  return PretrainState(network, ema), metrics
+  network = network.apply_gradients(grads=grads, clock=network.step, sound=sound)
+  averaged = _update_ema(state.ema, network.params, ema_decay, ema_step)
+  ema = optax.tree.where(sound, averaged, state.ema)
+  return PretrainState(network, ema), metrics | _skipped("teacher", network)
 
 
 def distill_step(
@@ -86,12 +93,12 @@ def distill_step(
     generator_loss, before, (batch["generator"], draws), state.extra
   )
   metrics = metrics | {"generator/grad_norm": optax.tree.norm(grads)}
+  sound = all_finite((metrics, extra))
   ema_step = state.generator.step
-  generator = state.generator.apply_gradients(grads=grads, clock=state.clock)
+  generator = state.generator.apply_gradients(grads=grads, clock=state.clock, sound=sound)
   averaged = _update_ema(state.ema, generator.params, ema_decay, ema_step)
-  ema = jax.tree.map(
-    lambda new, old: jnp.where(ema_step % ema_every_steps == 0, new, old), averaged, state.ema
-  )
+  ema = optax.tree.where(sound & (ema_step % ema_every_steps == 0), averaged, state.ema)
+  extra = optax.tree.where(sound, extra, state.extra)
   state = state.replace(generator=generator, ema=ema, extra=extra)
 
   # 2. The fake score: the first round may reuse the samples of the update above.
@@ -110,7 +117,9 @@ def distill_step(
       fake_score_loss, state.fake_score.params, (round_batch, draws, reused), state.extra
     )
     metrics = metrics | {"fake_score/grad_norm": optax.tree.norm(grads)}
-    fake_score = state.fake_score.apply_gradients(grads=grads, clock=state.clock)
+    sound = all_finite((metrics, extra))
+    fake_score = state.fake_score.apply_gradients(grads=grads, clock=state.clock, sound=sound)
+    extra = optax.tree.where(sound, extra, state.extra)
     state = state.replace(fake_score=fake_score, clock=state.clock + 1, extra=extra)
     return state, metrics
 
@@ -122,6 +131,7 @@ def distill_step(
     fake_metrics = jax.tree.map(
       lambda one, many: (one + jnp.sum(many)) / num_rounds, fake_metrics, more
     )
+  metrics |= _skipped("generator", state.generator) | _skipped("fake_score", state.fake_score)
   return state, metrics | fake_metrics
 
 
@@ -149,6 +159,11 @@ def _accumulate(loss_fn, params: Params, micro_batches: Any, extra: Any):
   (total, extra), (samples, metrics) = jax.lax.scan(one, (zero, extra), micro_batches)
   mean = jax.tree.map(lambda x: x / num, total)
   return mean, extra, (samples, jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics))
+
+
+def _skipped(name: str, network: NetworkState) -> Metrics:
+  counts = {"skipped": network.skipped, "skipped_in_a_row": network.skipped_in_a_row}
+  return {f"{name}/{count}": jnp.asarray(value) for count, value in counts.items()}
 
 
 def _update_ema(ema: Params, params: Params, decay: float, num_updates: jax.Array | int) -> Params:

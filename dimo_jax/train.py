@@ -15,7 +15,7 @@ from dimo_jax.checkpoint import BEST_METRIC, Checkpoints, check_record, params_h
 from dimo_jax.data.pipeline import image_batches
 from dimo_jax.distributed import exists, on_first
 from dimo_jax.evaluation.protocols import Reference
-from dimo_jax.health import Health
+from dimo_jax.health import Health, RunStopped
 from dimo_jax.hooks import draw_pictures, evaluate_sampler, sampling_network
 from dimo_jax.preemption import STOP
 from dimo_jax.sharding import jit_step, local_rows, put, replicated, shard_batch
@@ -27,7 +27,7 @@ from dimo_jax.start import (
   place,
   teacher_state,
 )
-from dimo_jax.state import DistillState, NetworkState, PretrainState, copy_tree
+from dimo_jax.state import DistillState, NetworkState, PretrainState, all_finite, copy_tree
 from dimo_jax.step import pretrain_step
 from dimo_jax.types import Metrics, Params, UserError
 from dimo_jax.writers import Writer, say
@@ -98,6 +98,7 @@ class Loop:
         if saving or stopping:
           if pending:
             self._record(writer, *pending)
+          self._check_state(step, state, metrics)
           scores = {BEST_METRIC: extra[BEST_METRIC]} if BEST_METRIC in extra else None
           self._checkpoints.save(step, state, scores)
         if stopping:
@@ -116,7 +117,18 @@ class Loop:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     values |= extra or {}
     writer.metrics(step, values)
-    self._health.check(step, values, str(self._directory))
+    note = self._health.check(step, values, str(self._directory))
+    if note:
+      say(f"{self._name}: {note}")
+
+  def _check_state(self, step: int, state: Any, metrics: Metrics) -> None:
+    """Raises RunStopped where what is about to be saved would not be worth restoring."""
+    counts = {k: v for k, v in metrics.items() if k.endswith("/skipped_in_a_row")}
+    if any(jax.device_get(counts).values()) and not all_finite(state):
+      raise RunStopped(
+        f"step {step}: parameters or moments hold NaN or infinity. The last checkpoint in"
+        f" {self._directory} is intact: run the same command again, on another machine if it recurs"
+      )
 
 
 def train_teacher(

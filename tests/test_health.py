@@ -51,6 +51,23 @@ def test_a_sign_must_persist(name, value, limit):
   assert "\n" not in str(error.value)
 
 
+def test_a_skipped_update_is_said_and_a_persistent_one_stops():
+  watch = health(max_skipped=10)
+  assert watch.check(1, GOOD | {"generator/skipped": 0, "fake_score/skipped": 0}, "here") is None
+  counts = {"generator/skipped": 1, "generator/skipped_in_a_row": 1, "fake_score/skipped": 0}
+  note = watch.check(2, GOOD | counts | {"generator/loss": math.nan}, "here")
+  assert note == (
+    "step 2: an update was NaN or infinite and left out; so far generator/skipped 1,"
+    " fake_score/skipped 0"
+  )
+  assert watch.check(3, GOOD | counts | {"generator/skipped_in_a_row": 0}, "here") is None
+  with pytest.raises(RunStopped, match="step 4: generator/loss not finite"):  # nothing was skipped
+    watch.check(4, GOOD | counts | {"generator/loss": math.nan}, "here")
+  assert watch.check(5, GOOD | {"generator/skipped": 10, "generator/skipped_in_a_row": 9}, "here")
+  with pytest.raises(RunStopped, match=r"_in_a_row=10 .*health\.max_skipped=10.*in here is intact"):
+    watch.check(6, GOOD | {"generator/skipped": 11, "generator/skipped_in_a_row": 10}, "here")
+
+
 def test_readings_without_the_metric_neither_strike_nor_forgive():
   watch = health(patience=2)
   watch.check(1, {"generator/entropy": 0.0}, "here")

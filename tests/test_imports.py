@@ -37,8 +37,8 @@ prepare
 hooks start artifacts
 judges
 train
-sample evaluate benchmark pairs study card
-export
+sample evaluate benchmark pairs study card plan
+export target
 main
 """
 RANK = {name: row for row, line in enumerate(LAYERS.split("\n")) for name in line.split()}

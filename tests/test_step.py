@@ -16,6 +16,7 @@ from dimo_jax.state import (
   Nets,
   NetworkState,
   PretrainState,
+  all_finite,
   copy_tree,
   merge,
   split,
@@ -247,14 +248,6 @@ def test_the_teacher_is_neither_changed_nor_part_of_the_state():
     assert not any(np.array_equal(leaf, other) for other in jax.tree.leaves(copy))
 
 
-def test_gradients_that_are_not_finite_are_replaced():
-  tx = OptimizerSpec("adam", 0.1, 0.0, 0.0, 1e-8, 0.0, 0.0, "constant", 0, 1.0).build(10)
-  params = {"x": jnp.zeros(4)}
-  grads = {"x": jnp.asarray([jnp.nan, jnp.inf, -jnp.inf, 2.0])}
-  updates, _ = tx.update(grads, tx.init(params), params, clock=jnp.asarray(0))
-  np.testing.assert_allclose(updates["x"], [0.0, -0.1, 0.1, -0.1], rtol=1e-4)
-
-
 def test_clipping_and_decay():
   params, grads = {"x": jnp.asarray([3.0, 4.0])}, {"x": jnp.asarray([30.0, 40.0])}
   seen = []
@@ -339,6 +332,105 @@ def test_later_rounds_generate_afresh():
   assert state.extra == 31 and state.fake_score.params["x"] == 0.0
 
 
+# Updates that come out NaN or infinite.
+
+
+@dataclasses.dataclass(frozen=True)
+class Faulty(Reusing):
+  """The draws of one generator update and of one round are `value`, and so are their gradients or
+  else only a metric, or `extra`.
+  """
+
+  value: float
+  bad_generator: int  # its clock
+  bad_fake: int
+  place: str
+
+  def draw_generator(self, key, batch, clock):
+    del key
+    return jnp.full(batch["class_id"].shape, jnp.where(clock == self.bad_generator, self.value, 1))
+
+  def draw_fake(self, key, batch, clock):
+    del key
+    return jnp.full(batch["class_id"].shape, jnp.where(clock == self.bad_fake, self.value, 1))
+
+  def generator_loss(self, generator_params, nets, batch, draws, extra):
+    samples = self.generate(generator_params, nets, batch, jnp.ones_like(draws))
+    loss, metric, extra = self._spoilt(generator_params["x"], draws, extra)
+    return loss, (samples, {"generator/loss": metric}, extra)
+
+  def fake_score_loss(self, fake_params, nets, samples, batch, draws, extra):
+    loss, metric, extra = self._spoilt(fake_params["x"], draws, extra)
+    return loss, ({"fake_score/loss": metric}, extra)
+
+  def _spoilt(self, x, draws, extra):
+    value = jnp.mean(draws)
+    factors = [jnp.where(self.place == place, value, 1.0) for place in ("loss", "metric", "extra")]
+    return x * factors[0], x * factors[1], extra + factors[2]
+
+
+def one_number(tx):
+  net = NetworkState.create(apply_fn=toy_apply, params={"x": jnp.asarray(3.0)}, tx=tx)
+  return DistillState(net, net, net.params, jnp.zeros((), jnp.int32), jnp.zeros(()))
+
+
+@pytest.mark.parametrize("place", ["loss", "metric", "extra"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_generator_update_that_is_not_finite_is_skipped_and_training_goes_on(value, place):
+  objective = Faulty(1, False, value, bad_generator=1, bad_fake=-1, place=place)
+  one, _ = run(objective, one_number(adam(0.1)), batch())
+  two, metrics = run(objective, one, batch())
+  for before, after in (
+    (one.generator.params, two.generator.params),
+    (one.generator.opt_state, two.generator.opt_state),
+    (one.ema, two.ema),
+  ):
+    assert_equal(before, after)
+  assert (two.generator.step, two.clock, two.extra) == (
+    2,
+    2,
+    3.0,
+  )  # only the fake score's was added
+  assert (metrics["generator/skipped"], metrics["generator/skipped_in_a_row"]) == (1, 1)
+  assert metrics["fake_score/skipped"] == 0 and differs(
+    one.fake_score.params, two.fake_score.params
+  )
+  three, metrics = run(objective, two, batch())
+  assert (metrics["generator/skipped"], metrics["generator/skipped_in_a_row"]) == (1, 0)
+  assert all(np.isfinite(value) for value in metrics.values())
+  assert differs(two.generator.params, three.generator.params) and differs(two.ema, three.ema)
+  # Adam's bias correction counts what was applied: as the second update of a run without the fault.
+  healthy = Faulty(1, False, 1.0, bad_generator=-1, bad_fake=-1, place=place)
+  wanted = run(healthy, run(healthy, one_number(adam(0.1)), batch())[0], batch())[0]
+  assert_equal(three.generator.params, wanted.generator.params)
+  assert_equal(three.generator.opt_state, wanted.generator.opt_state)
+
+
+@pytest.mark.parametrize("place", ["loss", "metric", "extra"])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_round_that_is_not_finite_is_skipped_alone(bad, place):
+  objective = Faulty(3, False, np.nan, bad_generator=-1, bad_fake=bad, place=place)
+  state, metrics = run(objective, one_number(scale_by_clock(lambda _: 1.0)), batch(3))
+  assert state.generator.params["x"] == 2.0
+  assert state.fake_score.params["x"] == 1.0  # two of three rounds descended by 1
+  assert (state.fake_score.step, state.clock, state.extra) == (3, 3, 3.0)
+  assert metrics["fake_score/skipped"] == 1
+  assert metrics["fake_score/skipped_in_a_row"] == (1 if bad == 2 else 0)
+  assert metrics["generator/skipped"] == 0
+
+
+def test_skipped_updates_in_a_row_are_counted():
+  start = one_number(adam(0.1))
+  spoilt = start.replace(generator=start.generator.replace(params={"x": jnp.asarray(jnp.nan)}))
+  healthy = Faulty(2, False, 1.0, bad_generator=-1, bad_fake=-1, place="loss")
+  state = spoilt
+  for _ in range(3):
+    state, metrics = run(healthy, state, batch(2))
+  assert metrics["generator/skipped"] == metrics["generator/skipped_in_a_row"] == 3
+  assert metrics["fake_score/skipped"] == 0 and not all_finite(state)
+  assert all_finite(start)
+
+
 # Pre-training.
 
 
@@ -392,6 +484,35 @@ def test_pretraining_learns_and_averages():
   assert state.network.step == 60
   _, again, _ = pretrain(step, start, 2)
   assert again == losses[:2] and losses[0] != losses[1]
+
+
+class Scaled(MaskedDenoising):
+  """Its loss is multiplied by a number of the batch."""
+
+  def loss(self, params, network, encoded, batch, draws):
+    loss, metrics = super().loss(params, network, encoded, batch, draws)
+    return loss * batch["scale"], metrics
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_teachers_update_that_is_not_finite_is_skipped(value):
+  objective = Scaled(**dataclasses.asdict(pretraining()))
+  step = jax.jit(functools.partial(pretrain_step, objective, Ready(), 0.5))
+  batch = {"image": jnp.ones((4, 9)), "class_id": jnp.zeros(4, jnp.int32)}
+  constants = {"shift": jnp.asarray(1)}
+  one, _ = step(pretrain_state(adam(0.1)), constants, batch | {"scale": jnp.asarray(1.0)}, KEY)
+  two, metrics = step(one, constants, batch | {"scale": jnp.asarray(value)}, KEY)
+  for before, after in (
+    (one.ema, two.ema),
+    (one.network.params, two.network.params),
+    (one.network.opt_state, two.network.opt_state),
+  ):
+    assert_equal(before, after)
+  assert two.network.step == 2
+  assert metrics["teacher/skipped"] == metrics["teacher/skipped_in_a_row"] == 1
+  three, metrics = step(two, constants, batch | {"scale": jnp.asarray(1.0)}, KEY)
+  assert differs(two.network.params, three.network.params) and differs(two.ema, three.ema)
+  assert (metrics["teacher/skipped"], metrics["teacher/skipped_in_a_row"]) == (1, 0)
 
 
 @pytest.mark.parametrize(

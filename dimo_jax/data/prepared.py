@@ -49,8 +49,12 @@ class PreparedSource:
     return sample(levels, self.labels[index], self.num_levels)
 
 
-def load_prepared(split: str, path: str | None) -> PreparedSource:
-  """A split of the folder `path`; "test" is the validation images."""
+def load_prepared(split: str, path: str | None, image_size: int = 0) -> PreparedSource:
+  """A split of the folder `path`; "test" is the validation images.
+
+  Raises:
+    UserError: no such folder, not whole, or images of another side than `image_size`, unless 0.
+  """
   folder, field = path or "", f"data.path={path or ''!r}"
   own_split = "train" if split == "train" else "validation"
   if path and os.path.isdir(os.path.join(path, UNFINISHED)):
@@ -66,6 +70,10 @@ def load_prepared(split: str, path: str | None) -> PreparedSource:
     labels = np.load(os.path.join(folder, labels_file(own_split)), allow_pickle=False)
   except (OSError, ValueError) as error:
     raise UserError(f"{field} is not whole, {error}: copy it again or prepare anew") from error
+  if image_size not in (0, manifest["size"]):
+    raise UserError(
+      f"data.image_size={image_size} must be {manifest['size']}, as the images of {field} are; or 0"
+    )
   # Imported here because it takes most of a second and other sources do without.
   import tensorflow_datasets as tfds
 

@@ -261,7 +261,7 @@ class Row:
 SOURCES = {
   "digits": Row(_digits),
   "arrays": Row(_arrays, ("path",)),
-  "prepared": Row(load_prepared, ("path",)),
+  "prepared": Row(load_prepared, ("path", "image_size")),
   "noise": Row(_noise, ("image_size", "num_classes")),
   "folder": Row(load_folder, ("path", "image_size")),
   "tfds": Row(load_tfds, ("path", "image_size", "tfds_name")),

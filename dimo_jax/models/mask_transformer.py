@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from dimo_jax.models.attention import attention, row_matmul
 from dimo_jax.models.layers import LayerNorm, gelu
+from dimo_jax.models.remat import rematerialised
 from dimo_jax.processes.masking import perturb
 from dimo_jax.types import Array, Float, Int, Key
 
@@ -80,6 +81,7 @@ class MaskTransformer(nn.Module):
     dropout: rate on activations and attention weights when not deterministic.
     scan_layers: run the blocks by `nn.scan` over stacked parameters (compile time independent of
       depth) instead of one after the other.
+    remat: what the blocks keep for the backward pass, one of REMAT.
     dtype: compute dtype; parameters and logits are float32.
   """
 
@@ -92,6 +94,7 @@ class MaskTransformer(nn.Module):
   mlp_dim: int
   dropout: float = 0.0
   scan_layers: bool = False
+  remat: str = "none"
   dtype: DTypeLike = jnp.float32
 
   @property
@@ -147,12 +150,13 @@ class MaskTransformer(nn.Module):
     x = dropout()(norm(name="first_norm_2")(x))
     x = dense(name="first_dense_2")(x)
 
+    kind = rematerialised(Block, self.remat, 2, in_scan=self.scan_layers)
     block = functools.partial(
-      Block, num_heads=self.num_heads, mlp_dim=self.mlp_dim, dropout=self.dropout, dtype=self.dtype
+      kind, num_heads=self.num_heads, mlp_dim=self.mlp_dim, dropout=self.dropout, dtype=self.dtype
     )
     if self.scan_layers:
       stack = nn.scan(
-        Block,
+        kind,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,

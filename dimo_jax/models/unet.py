@@ -16,6 +16,7 @@ from flax.linen import initializers
 from jax.typing import DTypeLike
 
 from dimo_jax.models.attention import attention, row_matmul
+from dimo_jax.models.remat import rematerialised
 from dimo_jax.types import Array, Float, UserError, suggest
 
 # Of one layer: its input size (fan-in) -> initialisers of kernel and bias.
@@ -310,6 +311,7 @@ class ADM(nn.Module):
     attn_resolutions: resolutions whose blocks attend; the first decoder block always does.
     channels_per_head: of attention; must divide the channels of every attending block.
     dropout: rate inside the blocks when not deterministic.
+    remat: what the blocks keep for the backward pass, one of REMAT.
     dtype: compute dtype; parameters, embeddings, softmax and statistics are float32.
   """
 
@@ -324,6 +326,7 @@ class ADM(nn.Module):
   attn_resolutions: tuple[int, ...] = (32, 16, 8)
   channels_per_head: int = 64
   dropout: float = 0.1
+  remat: str = "none"
   dtype: DTypeLike = jnp.float32
 
   def _num_heads(self, channels: int) -> int:
@@ -367,7 +370,7 @@ class ADM(nn.Module):
     emb = nn.silu(emb)
 
     def block(name, x, channels, attend=False, resample=None):
-      return Block(
+      return rematerialised(Block, self.remat, 3)(
         channels,
         layer_init=_kaiming,
         out_init=initializers.zeros,
@@ -438,6 +441,7 @@ class SongUNet(nn.Module):
     encoder_type: "standard"; "skip" and "residual" feed the downsampled image to every resolution.
     decoder_type: "standard"; "skip" sums an image from every resolution.
     resample_filter: separable, of even length.
+    remat: what the blocks keep for the backward pass, one of REMAT.
     dtype: compute dtype; parameters, embeddings, softmax and statistics are float32.
   """
 
@@ -456,6 +460,7 @@ class SongUNet(nn.Module):
   encoder_type: str = "standard"
   decoder_type: str = "standard"
   resample_filter: tuple[int, ...] = _BOX_FILTER
+  remat: str = "none"
   dtype: DTypeLike = jnp.float32
 
   def _embedding(self, noise_label, class_labels, augment_labels) -> Float[Array, "b e"]:
@@ -498,7 +503,7 @@ class SongUNet(nn.Module):
     channels, taps = self.model_channels, self.resample_filter
 
     def block(name, x, channels, attend=False, resample=None):
-      return Block(
+      return rematerialised(Block, self.remat, 3)(
         channels,
         layer_init=_xavier,
         out_init=_XAVIER_SMALL,

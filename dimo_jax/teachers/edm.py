@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from dimo_jax.models.edm import EDMPrecond, Output, VPPrecond
+from dimo_jax.models.remat import REMAT
 from dimo_jax.processes.gaussian import GaussianProcess, Noised
 from dimo_jax.teachers.network import GaussianNetwork
-from dimo_jax.types import Array, Condition, Key, Params, UserError
+from dimo_jax.types import Array, Condition, Key, Params, UserError, choose
 
 # Of the denoisers' fields, those that count something; each has some of them.
 _SIZES = (
@@ -34,6 +35,7 @@ class GaussianTeacher(GaussianNetwork):
     for name in _SIZES:
       if getattr(model, name, 1) < 1:
         raise UserError(f"denoiser.{name}={getattr(model, name)} must be 1 or more")
+    choose(dict.fromkeys(REMAT), getattr(model, "remat", "none"), "denoiser.remat")
     if model.augment_dim < 0:
       raise UserError(f"denoiser.augment_dim={model.augment_dim} must not be negative; 0 is none")
     if not 0 <= model.dropout < 1:

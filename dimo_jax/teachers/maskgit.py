@@ -4,8 +4,9 @@ import dataclasses
 from typing import cast
 
 from dimo_jax.models.mask_transformer import MaskTransformer
+from dimo_jax.models.remat import REMAT
 from dimo_jax.teachers.network import MaskedNetwork
-from dimo_jax.types import Array, Condition, Float, Int, Key, Params, UserError
+from dimo_jax.types import Array, Condition, Float, Int, Key, Params, UserError, choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class MaskedTeacher(MaskedNetwork):
     for name in ("num_layers", "hidden_dim", "mlp_dim"):
       if getattr(net, name) < 1:
         raise UserError(f"model.{name}={getattr(net, name)} must be 1 or more")
+    choose(dict.fromkeys(REMAT), net.remat, "model.remat")
     if not 0 <= net.dropout < 1:
       raise UserError(f"model.dropout={net.dropout} must lie in [0, 1)")
 

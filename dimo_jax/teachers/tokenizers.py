@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,6 +36,10 @@ class Tokenizer(Protocol):
 
   def fit(self, images: np.ndarray | None, seed: int) -> Params:
     """Its parameters, on training images [n, h, w, c] where it needs them, else on None."""
+    ...
+
+  def shapes(self) -> Params:
+    """Shapes and types of its parameters."""
     ...
 
   def encode(self, params: Params, images: Float[Array, "b h w c"], /) -> Array:
@@ -103,6 +108,11 @@ class PatchTokenizer:
     kmeans = KMeans(self.codebook_size, n_init=1, random_state=seed).fit(patches)
     return {"codebook": kmeans.cluster_centers_.astype(np.float32)}
 
+  def shapes(self) -> Params:
+    """Shapes and types of its parameters."""
+    shape = self.codebook_size, self.patch_size**2 * self.image_shape[-1]
+    return {"codebook": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
   def encode(self, params: Params, images: Float[Array, "b h w c"]) -> Int[Array, "b l"]:
     """The nearest code of every patch."""
     codebook = params["codebook"]
@@ -131,6 +141,10 @@ class PixelTokenizer:
   def fit(self, images: np.ndarray | None, seed: int) -> Params:
     """Nothing to fit."""
     del images, seed
+    return {}
+
+  def shapes(self) -> Params:
+    """There are no parameters."""
     return {}
 
   def encode(self, params: Params, images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -164,6 +178,10 @@ class NoTokenizer:
   def fit(self, images: np.ndarray | None, seed: int) -> Params:
     """Nothing to fit."""
     del images, seed
+    return {}
+
+  def shapes(self) -> Params:
+    """There are no parameters."""
     return {}
 
   def encode(self, params: Params, images: Float[Array, "b h w c"]) -> Int[Array, "b l"]:

@@ -114,6 +114,10 @@ class VQGANTokenizer:
     key = jax.random.wrap_key_data(jax.random.bits(key, (4,)), impl="unsafe_rbg")
     return _init(self.network, key, jnp.zeros((1, *self.image_shape)))["params"]
 
+  def shapes(self) -> Params:
+    """Shapes and types of its parameters."""
+    return jax.eval_shape(self.init, jax.random.key(0))
+
   def _apply(self, params: Params, inputs: Array, method: str) -> Array:
     outputs = self.network.apply({"params": params}, inputs, method=method)
     return cast(Array, outputs)  # not (outputs, state): nothing is mutable

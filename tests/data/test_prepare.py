@@ -105,6 +105,12 @@ def uninterrupted(tree, tmp_path_factory):
   return prepared(tree, tmp_path_factory.mktemp("prepared") / "out")
 
 
+def test_images_of_another_size_than_the_config_are_refused(uninterrupted):
+  assert load_source("prepared", "test", str(uninterrupted), image_size=SIZE).image_shape[0] == SIZE
+  with pytest.raises(UserError, match=r"data\.image_size=7 must be 6, as the images of data\.path"):
+    load_source("prepared", "test", str(uninterrupted), image_size=SIZE + 1)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_training_sees_what_the_folders_hold(split, tree, uninterrupted):
   """Every pixel: cropped and scaled alike, and nothing is lost in the records."""

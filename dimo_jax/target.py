@@ -1,0 +1,141 @@
+"""The iteration compiled for a TPU that is not here: `--mode=plan --target=v5e:4x4`.
+
+PyPI's libtpu compiles for a described topology on any machine; nothing runs. What it says of memory
+is the compiler's own account, for one device.
+"""
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+from jax.experimental import topologies
+
+from dimo_jax import plan
+from dimo_jax.build import build
+from dimo_jax.sharding import batch_sharding, bytes_per_device, make_mesh, replicated
+from dimo_jax.start import jit_distill_step
+from dimo_jax.types import UserError
+from dimo_jax.writers import say
+
+_COLLECTIVE = re.compile(
+  r" = (?P<shapes>\(.*?\)|\S+) "
+  r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
+)
+_SHAPE = re.compile(r"\b(?P<dtype>pred|[a-z]+\d+)(?:e\dm\d\w*)?\[(?P<sizes>[\d,]*)\]")
+
+
+def devices(target: str) -> list[jax.Device]:
+  """The devices of a TPU topology such as "v5e:4x4", for compiling only.
+
+  Raises:
+    UserError: libtpu is missing, or knows no such topology.
+  """
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud which machine this is
+  try:
+    import libtpu  # noqa: F401
+  except ImportError as error:
+    raise UserError(f"--target={target!r} needs libtpu: pip install libtpu") from error
+  try:
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
+  except Exception as error:  # of kinds that the plugin chooses
+    reason = (str(error).splitlines() or [repr(error)])[0]
+    raise UserError(f"--target={target!r} must be a TPU topology, as v5e:4x4: {reason}") from error
+
+
+def collectives(hlo: str) -> dict[str, dict[str, int]]:
+  """{kind: {"count", "bytes"}} of the collective operations in a compiled program.
+
+  Bytes are those of the results, on one device; an operation in a loop's body counts once.
+  """
+  found: dict[str, dict[str, int]] = {}
+  for match in _COLLECTIVE.finditer(hlo):
+    sizes = list(_shape_bytes(match["shapes"]))
+    if match["start"] and match["kind"] == "all-gather":  # (operands, results)
+      sizes = sizes[len(sizes) // 2 :]
+    elif match["start"] and match["kind"] == "collective-permute":  # (operand, result, ...)
+      sizes = sizes[1:2]
+    row = found.setdefault(match["kind"], {"count": 0, "bytes": 0})
+    row["count"] += 1
+    row["bytes"] += sum(sizes)
+  return found
+
+
+def _shape_bytes(text: str) -> Iterator[int]:
+  for match in _SHAPE.finditer(text):
+    bits = 8 if match["dtype"] == "pred" else int(re.sub(r"\D", "", match["dtype"]))
+    sizes = [int(size) for size in match["sizes"].split(",") if size]
+    yield math.prod(sizes) * bits // 8
+
+
+def compile_for(config: ml_collections.ConfigDict, target: str) -> dict[str, Any]:
+  """Compiles the iteration for a topology and prints what the compiler says of it.
+
+  Returns:
+    The figures, which the last printed line holds as JSON.
+
+  Raises:
+    UserError: a config that cannot work, a topology that is not known, or memory that is too small.
+  """
+  mesh = make_mesh(config.mesh.fsdp, devices(target))
+  experiment = build(plan.without_files(config), mesh)
+  teacher, state = plan.shapes(experiment)
+  train, rounds = config.train, experiment.objective.fake_rounds
+
+  def batches(network: str, *leading: int) -> Any:
+    sharding = batch_sharding(mesh, len(leading))
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=sharding),
+      plan.batch_shapes(experiment, network, train.batch_size),
+    )
+
+  batch = {
+    "generator": batches("generator", train.accumulation),
+    "fake_score": batches("fake_score", rounds, train.accumulation),
+  }
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+  began = time.perf_counter()
+  try:
+    lowered = jit_distill_step(experiment, state, teacher).lower(state, teacher, batch, key)
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    reason = " ".join(str(error).split())[:300]
+    raise UserError(
+      f"--target={target!r} has too little memory for this config: {reason}"
+    ) from error
+  memory = compiled.memory_analysis()
+  assert memory is not None  # not every backend knows; a TPU's does
+  result = {
+    "target": target,
+    "device_kind": mesh.devices.flat[0].device_kind,
+    "devices": mesh.size,
+    "state_bytes": sum(
+      bytes_per_device(tree, mesh, config.mesh.rules) for tree in (state, teacher)
+    ),
+    "compiler": {
+      "argument_bytes": memory.argument_size_in_bytes,
+      "temporary_bytes": memory.temp_size_in_bytes,
+      "output_bytes": memory.output_size_in_bytes,
+      "aliased_bytes": memory.alias_size_in_bytes,
+      "program_bytes": memory.generated_code_size_in_bytes,
+    },
+    "collectives": collectives(compiled.as_text() or ""),
+    "compile_seconds": time.perf_counter() - began,
+  }
+  say(f"compiled for {mesh.size} x {result['device_kind']} in {result['compile_seconds']:.0f} s;")
+  say("by the compiler's own account, on each device:")
+  for name, num_bytes in result["compiler"].items():
+    say(f"{name.replace('_', ' '):24s} {num_bytes / 2**30:10.3f} GiB")
+  say("collective operations in its program, those in a loop's body (scanned layers) counted once:")
+  for kind, row in result["collectives"].items():
+    say(f"{kind:24s} {row['bytes'] / 2**30:10.3f} GiB in {row['count']} operations")
+  say(json.dumps(result))
+  return result

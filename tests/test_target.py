@@ -1,0 +1,80 @@
+"""Compiling for a TPU that is not here, and reading the compiled program."""
+
+import sys
+
+import jax
+import pytest
+
+from configs import debug
+from dimo_jax import plan, target
+from dimo_jax.sharding import abstract_mesh, bytes_per_device
+from dimo_jax.types import UserError
+
+HLO = """
+HloModule jit_step
+%body (p: f32[4]) -> f32[4] {
+  ROOT %all-reduce.1 = f32[16,768]{1,0:T(8,128)S(1)} all-reduce(%x), replica_groups=[1,8]<=[8]
+}
+ENTRY %main {
+  %all-reduce.2 = (f32[8]{0}, bf16[2,3]{1,0:T(8,128)(2,1)}) all-reduce(%a, %b), to_apply=%add
+  %s = (f32[2,4]{1,0}, f32[16,4]{1,0:T(8,128)}) all-gather-start(%c), dimensions={0}
+  %d = f32[16,4]{1,0} all-gather-done(%s)
+  %g = ((f32[2], s32[1]), (f32[4], s32[2])) all-gather-start(%c, %e), dimensions={0}
+  %r = (f32[6], pred[3]) all-reduce-start(%c, %e), to_apply=%add
+  %p = (u32[4]{0}, u32[4]{0}, u32[], u32[]) collective-permute-start(%f)
+  %t = pred[5]{0} all-to-all(%h), metadata={op_name="all-reduce(x)"}
+  %n = f8e4m3fn[10]{0} reduce-scatter(%h)
+  %u = f32[] add(%one, %two)
+}
+"""
+
+
+def test_collectives_are_counted_with_the_bytes_of_their_results():
+  assert target.collectives(HLO) == {
+    "all-reduce": {"count": 3, "bytes": 4 * 16 * 768 + (4 * 8 + 2 * 6) + (4 * 6 + 3)},
+    "all-gather": {"count": 2, "bytes": 4 * 64 + (4 * 4 + 4 * 2)},
+    "collective-permute": {"count": 1, "bytes": 16},
+    "all-to-all": {"count": 1, "bytes": 5},
+    "reduce-scatter": {"count": 1, "bytes": 10},
+  }
+  assert target.collectives("ENTRY %main { ROOT %u = f32[] add(%one, %two) }") == {}
+
+
+def test_without_libtpu_the_line_says_so(monkeypatch):
+  monkeypatch.setitem(sys.modules, "libtpu", None)
+  with pytest.raises(UserError, match="--target='v5e:2x2' needs libtpu: pip install libtpu"):
+    target.devices("v5e:2x2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_a_small_iteration_is_compiled_for_a_tpu(fsdp, capsys):
+  pytest.importorskip("libtpu")
+  config = debug.get_config()
+  config.mesh.fsdp = fsdp
+  result = target.compile_for(config, "v5e:2x2")
+  assert result["devices"] == 4 and "TPU" in result["device_kind"]
+  planner = plan.Planner(config, 4)
+  state = planner.memory(planner.layout).state
+  assert result["state_bytes"] == sum(state.values())
+  compiler = result["compiler"]
+  assert compiler["argument_bytes"] > result["state_bytes"]  # a TPU pads, and the batch is one
+  assert compiler["temporary_bytes"] > 0
+  networks = planner.state.generator.params, planner.state.fake_score.params
+  gradients = bytes_per_device(networks, abstract_mesh(4))
+  reduced = result["collectives"]["all-reduce"]["bytes"]
+  if fsdp == 1:  # both gradients once, and the metrics
+    assert gradients < reduced < 1.05 * gradients
+    assert "all-gather" not in result["collectives"]
+  else:
+    assert result["collectives"]["all-gather"]["bytes"] > 0
+  assert "by the compiler's own account" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_unknown_topology_is_refused():
+  pytest.importorskip("libtpu")
+  assert jax.default_backend() == "cpu"
+  with pytest.raises(UserError, match="--target='v9:3x3' must be a TPU topology") as error:
+    target.devices("v9:3x3")
+  assert "\n" not in str(error.value)
