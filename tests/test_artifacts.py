@@ -330,7 +330,7 @@ def test_converted_weights_can_be_loaded(tmp_path):
 def test_grey_denoisers_are_known_converted_or_not(tmp_path):
   from dimo_jax.convert.__main__ import convert
 
-  model = ADM(img_resolution=8, img_channels=1, label_dim=3, model_channels=32, channel_mult=(1,))
+  model = ADM(img_resolution=8, img_channels=1, label_dim=3, model_channels=64, channel_mult=(1,))
   network = EDMPrecond(model.clone(num_blocks=1, attn_resolutions=()))
   arguments = jnp.zeros((1, 8, 8, 1)), jnp.ones(1), jnp.zeros(1, jnp.int32)
   shapes = jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]

@@ -8,6 +8,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags, logging
@@ -421,7 +422,8 @@ def test_the_tokenizer_is_judged_by_what_it_gives_back(evaluated):
   experiment = build.build(debug.get_config())
   images, labels = prepare.load_arrays(experiment.source("test"))
   codebook = load_file(workdir / "tokenizer" / "tokenizer.safetensors")
-  codes = experiment.tokenizer.encode(codebook, images)
+  codebook = {name: jnp.asarray(value) for name, value in codebook.items()}
+  codes = experiment.tokenizer.encode(codebook, jnp.asarray(images))
   decoded = np.asarray(experiment.tokenizer.decode(codebook, codes))
   expected = prepare.fit_classifier(experiment, workdir).evaluate(decoded, labels)
   real, row = commands.results(workdir)[:2]
