@@ -250,7 +250,13 @@ def get_config() -> ConfigDict:
   log.keep_checkpoints = 2  # the newest ones, besides the best evaluated one
 
   config.evaluation = evaluation = ConfigDict()
-  evaluation.protocol = "none"  # a key of PROTOCOLS, or "none"
+  evaluation.protocol = "none"  # a key of PROTOCOLS or PUBLISHED, or "none"
+  # Of PUBLISHED: Inception's weights and the .npz of statistics, here, gs://... or hf://...; off
+  # where neither is given.
+  evaluation.inception = ""
+  evaluation.statistics = ""
+  evaluation.num_images = 0  # there: another number, which every result tells; 0: the protocol's
+  evaluation.teacher_first = True  # there: the teacher is evaluated before it is distilled
   evaluation.batch_size = 256  # samples a call
   evaluation.seed = 12345  # of the sampled images
   evaluation.teacher_steps = (1, 2, 4, 8, 16)  # at which the teacher is evaluated

@@ -9,6 +9,11 @@ after 30k to 50k generator updates at batch 128 on 2 GPUs; its teacher has FID 6
 Not run to the end here. The settings are those of base.py; Jeffreys -0.2 is the paper's best, the
 release ships 0.
 
+With `--config.evaluation.inception=pt_inception-2015-12-05-6726825d.pth` and
+`--config.evaluation.statistics=VIRTUAL_imagenet256_labeled.npz` the teacher is evaluated first, at
+4, 8 and 16 steps (`--config.evaluation.teacher_first=False` skips it), then the student every 5000
+updates; with images (`--config.data.name=prepared`) also the tokenizer's reconstructions.
+
 The training needs classes only, no images. The tokenizer is taming-transformers' ImageNet VQGAN
 (f = 16, 1024 codes), `last.ckpt` with its `model.yaml` in the same folder; it decodes the pictures,
 40 of each network every 1000 updates. Without it training runs on tokens alone and writes none.
@@ -25,4 +30,6 @@ from configs import base
 
 def get_config() -> ConfigDict:
   """The published settings are the defaults."""
-  return base.get_config()
+  config = base.get_config()
+  config.evaluation.update(protocol="adm-imagenet256", teacher_steps=(4, 8, 16))
+  return config

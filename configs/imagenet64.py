@@ -15,11 +15,14 @@ The two published stages, without the GAN and then with it from the first one's 
 Without a variant: one stage with the GAN from scratch. The images are scaled as the teacher's
 were; those of tfds's `imagenet_resized/64x64` are not.
 
+With `--config.evaluation.inception=pt_inception-2015-12-05-6726825d.pth` and
+`--config.evaluation.statistics=imagenet-64x64.npz` the teacher is evaluated first, at 18 and 40
+steps (`--config.evaluation.teacher_first=False` skips it), then the student every 5000 updates; a
+second stage may then begin at the first one's best (`--config.train.start_from_best=True`).
+
 Published (arXiv:2405.14867, batch 280 on 7 GPUs): FID 2.61 after the first stage (410k fake-score
 updates), 1.28 after the second (140k more), 1.51 from scratch (200k). Not run here beyond
-building the networks. `train.num_steps` counts generator updates, one in five. No
-evaluation protocol with Inception features is there yet, so `train.start_from` takes the last
-checkpoint.
+building the networks. `train.num_steps` counts generator updates, one in five.
 
 Every override is the published setting: bfloat16 networks over float32 parameters, AdamW at 2e-6
 (second stage 5e-7) with weight decay 0.01, clipping at 10 and a warm-up of 500, batch 280, mirrored
@@ -49,6 +52,7 @@ def get_config(variant: str = "gan") -> ConfigDict:
   config.optim.frozen = ()
   config.train.update(num_steps=40_000, batch_size=280, ema_decay=0.0)
   config.train.start_from_best = False
+  config.evaluation.update(protocol="edm-imagenet64", teacher_steps=(18, 40))
   if variant == "second_stage":
     config.optim.generator.learning_rate = config.optim.fake_score.learning_rate = 5e-7
     config.train.num_steps = 28_000

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from configs import base
 from dimo_jax import prepare
 from dimo_jax.build import NUM_SEEDS, Experiment, Models
 from dimo_jax.checkpoint import Checkpoints, load_params, read_tree
@@ -404,7 +405,7 @@ def load(
   elif (place / "distill").is_dir():
     parts = read_run(place).parts()
   else:
-    parts = _read_weights(place, family)
+    parts = _read_weights(place, family, fields or {})
   if isinstance(parts, Artifact):
     if tokenizer or fields:
       raise UserError(f"{parts.name} is a fixed program: it takes no tokenizer and no fields")
@@ -455,8 +456,10 @@ def _read_export(folder: Path) -> Parts | ProgramArtifact:
   return Parts(name, recipe, tree, manifest["role"], manifest["clock"])
 
 
-def _read_weights(place: Path, family: str) -> Parts:
-  """Reads a teacher trained here, or published weights, converted by us or not."""
+def _read_weights(place: Path, family: str, fields: Mapping[str, Any]) -> Parts:
+  """Reads a teacher trained here, or published weights, converted by us or not; `fields` are only
+  looked at.
+  """
   file = place / prepare.TEACHER_FILE
   archive = files.read(file if file.is_file() else place)
   name, settings = str(archive.path), archive.settings
@@ -468,15 +471,31 @@ def _read_weights(place: Path, family: str) -> Parts:
       raise UserError(f"{name} records no config: an older version wrote it")
     record = settings["conversion"]
     sizes, family = record["sizes"], record["family"]
-    channels = record.get("num_channels", 3)
-    return Parts(name, of_sizes(sizes, family, channels), tree, _role(family))
+    recipe = of_sizes(sizes, family, _num_channels(tree["network"]))
+    _check_heads(name, recipe, fields)
+    return Parts(name, recipe, tree, _role(family))
   converted = families.convert(archive, family)
   family = converted.family
   network = next(iter(converted.parts.values()))
   if not families.FAMILIES[family].teacher:
     raise UserError(f"{name} is {families.FAMILIES[family].title}: it decodes, and samples nothing")
   recipe = of_sizes(converted.sizes, family, _num_channels(network))
+  _check_heads(name, recipe, fields)
   return Parts(name, recipe, {"network": network, "tokenizer": {}}, _role(family))
+
+
+def _check_heads(name: str, recipe: Recipe, fields: Mapping[str, Any]) -> None:
+  """Raises UserError where a transformer has not the published width, and nobody says its heads:
+  no shape tells them.
+  """
+  published = base.get_config().model
+  width = recipe.config.model.hidden_dim
+  if width != published.hidden_dim and "model.num_heads" not in fields:
+    raise UserError(
+      f"{name} is {width} wide, and nothing in it says how many heads its attention has"
+      f" ({published.num_heads} at the published {published.hidden_dim}): give"
+      " --field=model.num_heads=N, or load(..., fields={'model.num_heads': N})"
+    )
 
 
 def _role(family: str) -> str:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from dimo_jax.data.sources import PairSource, Source, load_pairs, load_source
 from dimo_jax.evaluation.protocols import PROTOCOLS, Protocol
+from dimo_jax.evaluation.published import PUBLISHED, PublishedProtocol
 from dimo_jax.objectives import OBJECTIVES, Objective
 from dimo_jax.objectives.denoising import GaussianDenoising, MaskedDenoising
 from dimo_jax.optim import OptimizerSpec
@@ -52,7 +53,8 @@ class Experiment(Models):
 
   Attributes:
     train_source, test_source: None where the data set is classes only.
-    protocol: how numbers are made; None where evaluation is off.
+    protocol: how numbers are made, with the data set's own features; None where they are not.
+    published: how they are made with Inception's; None where they are not.
     pairs: of noise and the teacher's image, for a regression.
   """
 
@@ -64,6 +66,7 @@ class Experiment(Models):
   generator_optimizer: OptimizerSpec
   fake_score_optimizer: OptimizerSpec
   protocol: Protocol | None
+  published: PublishedProtocol | None
   pairs: PairSource | None
 
   @property
@@ -141,7 +144,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Experi
     )
   pairs = None
   if objective.uses_pairs and tokenizer.image_shape:
-    pairs = load_pairs(config.data.pairs, tokenizer.image_shape)
+    pairs = load_pairs(config.data.pairs, tokenizer.image_shape, max(1, config.data.num_classes))
   if objective.uses_images and train_source is None:
     raise UserError(
       f"objective={config.objective!r} needs real images with these settings, and"
@@ -157,9 +160,12 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Experi
     optimizers[name] = OptimizerSpec(**config.optim[name])
     optimizers[name].check(config.train.num_steps * objective.fake_rounds, f"optim.{name}")
 
-  protocol = None
-  if config.evaluation.protocol != "none":
-    protocol = choose(PROTOCOLS, config.evaluation.protocol, "evaluation.protocol")
+  protocol = published = None
+  if config.evaluation.protocol in PUBLISHED:
+    published = _published(config, mesh, tokenizer)
+  elif config.evaluation.protocol != "none":
+    choose({**PROTOCOLS, **PUBLISHED}, config.evaluation.protocol, "evaluation.protocol")
+    protocol = PROTOCOLS[config.evaluation.protocol]
     if tokenizer.image_shape is None or train_source is None:
       raise UserError(
         f"evaluation.protocol={protocol.name!r} needs pictures: data.name and tokenizer.name that"
@@ -180,6 +186,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Experi
     generator_optimizer=optimizers["generator"],
     fake_score_optimizer=optimizers["fake_score"],
     protocol=protocol,
+    published=published,
     pairs=pairs,
   )
 
@@ -230,6 +237,37 @@ def _family(
   heun = Heun(image_shape=teacher.image_shape, **config.teacher.sampling)
   # An unconditional network takes the label 0, which is its null.
   return denoising, heun, fields | {"num_classes": max(1, config.data.num_classes)}
+
+
+def _published(
+  config: ml_collections.ConfigDict, mesh: Mesh, tokenizer: Tokenizer
+) -> PublishedProtocol | None:
+  """The published protocol that the config names; None where its files are not given."""
+  evaluation = config.evaluation
+  protocol = PUBLISHED[evaluation.protocol]
+  field = f"evaluation.protocol={protocol.name!r}"
+  if not evaluation.inception and not evaluation.statistics:
+    return None
+  for name, value, wanted in (
+    ("inception", evaluation.inception, "the weights, pt_inception-2015-12-05-6726825d.pth"),
+    ("statistics", evaluation.statistics, protocol.statistics),
+  ):
+    if not value:
+      raise UserError(f"evaluation.{name}='' must be {wanted}, with {field}")
+  if tokenizer.image_shape is None:
+    raise UserError(f"{field} needs pictures; tokenizer.name={config.tokenizer.name!r} has none")
+  shape = (protocol.image_size, protocol.image_size, 3)
+  if tokenizer.image_shape != shape:
+    raise UserError(f"{field} is for images {shape}; this run's are {tokenizer.image_shape}")
+  if config.data.num_classes != protocol.num_classes:
+    raise UserError(f"{field} is for {protocol.num_classes} classes; data.num_classes differs")
+  if jax.process_count() > 1:
+    raise UserError(
+      f"{field} is for runs of one process: set 'none', and follow the run with"
+      " `python -m dimo_jax.evaluate watch`"
+    )
+  check_batch(evaluation.batch_size, mesh, "evaluation.batch_size")
+  return protocol.with_images(evaluation.num_images) if evaluation.num_images else protocol
 
 
 def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:

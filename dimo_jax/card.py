@@ -15,6 +15,8 @@ _METHODS = {
 }
 # Columns of the table, where any row has them: key of results.json, heading.
 _COLUMNS = (
+  ("fid", "FID"),
+  ("inception_score", "Inception Score"),
   ("frechet_distance", "Fréchet distance"),
   ("class_agreement", "class agreement"),
   ("precision", "precision"),
@@ -57,7 +59,7 @@ def card(
     weights="moving average of the generator (EMA)" if run.average else "the generator, no average",
     num_steps=run.parts().sampler(run.recipe.models("")).num_steps,
     formats=formats,
-    protocol=config.evaluation.protocol,
+    protocol=results[-1].get("protocol", config.evaluation.protocol) if results else "",
     columns=(*_ROW, *columns),
     results=[[_cell(row, key) for key, _ in (*_ROW, *columns)] for row in results],
     last=results[-1] if results else {},
@@ -77,6 +79,8 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
   value = row.get(key)
   if value is None:
     return "-"
+  if isinstance(value, Mapping):  # a sampler with its settings
+    return str(value["name"])
   return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -144,7 +148,7 @@ they were trained to be sampled.
     python stablehlo/sample.py 3,1,4 0 samples.npy
 
 It takes the weights, class ids, seeds and indices of the images. It was lowered for CPU, CUDA and
-TPU; *run* on {{ versions.device }} only: for the other platforms nothing but the lowering was
+TPU. The tests of dimo_jax run such programs on CPUs; for CUDA and TPU nothing but the lowering was
 verified.
 
 {% endif %}
@@ -156,9 +160,17 @@ verified.
 
 {% if results %}
 Protocol `{{ protocol }}`{% if last.num_images %}, {{ last.num_images }} images in the last \
-row{% endif %}. The Fréchet distance is taken in the features of a
+row{% endif %}.{% if last.departures %} Not the protocol's: \
+{% for name, value in last.departures.items() %}{{ name }}={{ value }}{{ ", " if not \
+loop.last }}{% endfor %}.{% endif %}
+{% if last.inception_sha256 %} Inception-v3's features (weights SHA-256 \
+`{{ last.inception_sha256[:12] }}`) against statistics with SHA-256 \
+`{{ last.statistics_sha256[:12] }}`{% if last.unverified %}; unverified: \
+{{ last.unverified | join(", ") }}{% endif %}.
+{% else %} The Fréchet distance is taken in the features of a
 small classifier{% if last.classifier_sha256 %} (weights SHA-256 \
 `{{ last.classifier_sha256[:12] }}`){% endif %}, so it compares with rows of this table only.
+{% endif %}
 
 |{% for _, title in columns %} {{ title }} |{% endfor %}
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,7 @@ from dimo_jax.build import Experiment
 from dimo_jax.data.sources import load_source
 from dimo_jax.distributed import on_first
 from dimo_jax.evaluation import compare, jobs
-from dimo_jax.evaluation.generation import encode_images
+from dimo_jax.evaluation.generation import decode_images, encode_images
 from dimo_jax.evaluation.image_sets import SourceImages, open_images
 from dimo_jax.evaluation.inception import Inception
 from dimo_jax.evaluation.protocols import PROTOCOLS, Reference
@@ -27,7 +27,9 @@ from dimo_jax.evaluation.published import PUBLISHED
 from dimo_jax.evaluation.references import read_reference
 from dimo_jax.evaluation.report import console_table, versions, write_report
 from dimo_jax.hooks import evaluate_sampler, sampling_network
+from dimo_jax.recipe import parse_field
 from dimo_jax.remote import local_path
+from dimo_jax.run_judge import RunJudge
 from dimo_jax.samplers import Sampler
 from dimo_jax.sharding import make_mesh
 from dimo_jax.state import DistillState, NetworkState
@@ -37,10 +39,16 @@ from dimo_jax.writers import read_metrics, say, write_atomically
 
 def evaluate_workdir(experiment: Experiment, workdir: Path, *, best: bool = False) -> None:
   """Evaluates a trained workdir, its last or best student; without a protocol it says so."""
-  if experiment.protocol is None:
-    say("evaluation: off (evaluation.protocol='none')")
+  name = experiment.config.evaluation.protocol
+  if experiment.protocol is None and experiment.published is None:
+    lacks = "" if name == "none" else ", and neither evaluation.inception nor .statistics given"
+    say(f"evaluation: off (evaluation.protocol={name!r}{lacks})")
     return
+  judge = RunJudge.of(experiment, workdir)
   teacher, state = train.restore(experiment, workdir, best=best)
+  if judge is not None:
+    judge.finish(teacher, state)
+    return
   reference = prepare.fit_classifier(experiment, workdir)
   assert reference is not None  # there is a protocol
   evaluate(experiment, workdir, teacher, state, reference)
@@ -55,15 +63,28 @@ def evaluate(
 ) -> list[dict[str, Any]]:
   """Evaluates everything, writes results.json and report.html, returns the rows.
 
-  The floor is real against real: the test split against the training split.
+  The floor is real against real: the test split against the training split; above it, what a
+  tokenizer makes of the test split.
   """
   config = experiment.config
-  test = prepare.load_arrays(experiment.source("test"))
-  floor = reference.evaluate(*test, *_tokens(experiment, teacher, test[0]))
-  rows: list[dict[str, Any]] = [
-    {"model": "real", "sampler": "test split", "steps": 0, **floor, "images_per_second": None}
-  ]
-  say(f"evaluation: floor (real test images) {floor['frechet_distance']:.4f}")
+  test, labels = prepare.load_arrays(experiment.source("test"))
+  rows: list[dict[str, Any]] = []
+
+  def floor(model: str, sampler: str, images: Any, *tokens: Any) -> None:
+    row = reference.evaluate(images, labels, *tokens)
+    said = {"model": model, "sampler": sampler, "steps": 0, "images_per_second": None}
+    rows.append(said | row)
+    say(f"evaluation: {model}, {sampler}: {row['frechet_distance']:.4f}")
+
+  codebook_size = experiment.tokenizer.codebook_size
+  if codebook_size:
+    args = experiment.tokenizer, teacher.autoencoder
+    tokens = encode_images(*args, test, experiment.mesh)
+    floor("real", "test split", test, tokens, codebook_size)
+    decoded = decode_images(*args, tokens, experiment.mesh)
+    floor("tokenizer", "test split, reconstructed", decoded, tokens, codebook_size)
+  else:
+    floor("real", "test split", test)
 
   student = sampling_network(experiment, state.ema_params, teacher.autoencoder)
   runs: list[tuple[str, Sampler, NetworkState]] = [
@@ -89,14 +110,6 @@ def evaluate(
   return rows
 
 
-def _tokens(experiment: Experiment, teacher: NetworkState, images: Any) -> tuple[Any, int | None]:
-  codebook_size = experiment.tokenizer.codebook_size
-  if not codebook_size:
-    return None, None
-  tokens = encode_images(experiment.tokenizer, teacher.autoencoder, images, experiment.mesh)
-  return tokens, codebook_size
-
-
 def _write(
   experiment: Experiment, workdir: Path, rows: list[dict[str, Any]], reference: Reference
 ) -> None:
@@ -115,6 +128,8 @@ def _write(
     f" test split, {len(test_labels)} images, against the training split: the floor. A distance"
     f" falls as images are added, so rows of {protocol.num_images} images may lie below it.",
   ]
+  if experiment.tokenizer.codebook_size:
+    notes.append("Row 'tokenizer' is the test split encoded and decoded, with no model between.")
   target = experiment.objective.target(experiment.decoding)
   if target is not None:
     notes.append(
@@ -181,7 +196,14 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--split", default="train", help="tfds: train or test")
   sub.add_argument("--crop", action="store_true", help="scale and crop to the protocol's size")
   network(sub)
+
+  def settings(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+      "--field", action="append", default=[], help="as in sampling.temperature=7; may be repeated"
+    )
+
   sub = job("checkpoint", _checkpoint, "Samples a network and evaluates the images.")
+  settings(sub)
   sub.add_argument("--steps", default="", help="of a teacher, as in 4,8,16")
   generated(sub)
   sub = job("sweep", _sweep, "Evaluates a network over values of a sampling setting.")
@@ -259,14 +281,15 @@ def _stats(arguments: argparse.Namespace) -> None:
   jobs.make_statistics(images, protocol, inception, mesh, arguments.out, batch_size=batch_size)
 
 
-def _load(arguments: argparse.Namespace, **fields: float) -> judges.AnyGenerator:
+def _load(arguments: argparse.Namespace, fields: Mapping[str, Any]) -> judges.AnyGenerator:
   return judges.load_generator(
     arguments.checkpoint, best=arguments.best, tokenizer=arguments.tokenizer, fields=fields
   )
 
 
 def _checkpoint(arguments: argparse.Namespace) -> None:
-  generator, evaluate_with = _load(arguments), _judge(arguments)
+  generator = _load(arguments, dict(map(parse_field, arguments.field)))
+  evaluate_with = _judge(arguments)
   steps = _numbers("steps", arguments.steps, int)
   generators = [generator.with_steps(number) for number in steps] or [generator]
   for taken in generators:
@@ -279,7 +302,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     raise UserError("values='' must be numbers such as 1,3,5")
 
   def load(value: float) -> judges.AnyGenerator:
-    return _load(arguments, **{arguments.field: value})
+    return _load(arguments, {arguments.field: value})
 
   load(values[0])  # a mistyped field shows before anything is computed
   judges.sweep(_judge(arguments), load, arguments.field, values, arguments.out)

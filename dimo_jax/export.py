@@ -173,6 +173,7 @@ def _write_torch(run: Run, models: Models, folder: Path) -> None:
 def sampling_settings(run: Run, models: Models) -> dict[str, Any]:
   """What a sampler in another framework must know, in plain values."""
   sampler = dataclasses.asdict(run.parts().sampler(models))  # type: ignore[call-overload]
+  sampler.pop("section", None)  # of our config
   network: Any = models.teacher.network
   settings: dict[str, Any] = {"method": run.recipe.config.objective, "sampler": sampler}
   if isinstance(models.teacher, MaskedTeacher):
@@ -282,6 +283,13 @@ def _notes(run: Run, models: Models, formats: Sequence[str]) -> list[str]:
     notes.append(
       "The network is an MLP for tiny images, which the original code does not have: the torch"
       " weights follow its naming, but nothing there loads them."
+    )
+  elif "torch" in formats and models.teacher.kind == "gaussian":
+    notes.append(
+      "DMD2's scripts read `pytorch_model.bin`; in `torch/`, with PyTorch:\n\n"
+      "    import safetensors.torch, torch\n"
+      "    state_dict = safetensors.torch.load_file('model.safetensors')\n"
+      "    torch.save(state_dict, 'pytorch_model.bin')"
     )
   if "torch" in formats and run.weights["tokenizer"]:
     notes.append(

@@ -48,6 +48,15 @@ _DATA = tuple(
   f"data.{name}" for name in ("name", "path", "tfds_name", "image_size", "num_classes", "flip")
 )
 
+_UNTOLD = (
+  "teacher.name",
+  "process.name",
+  "process.prediction",
+  "process.sigma_data",
+  "model.num_heads",
+  "denoiser.channels_per_head",
+)
+
 
 @functools.lru_cache(maxsize=4)
 def load_arrays(source: Source) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +182,7 @@ def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, 
   field = f"teacher.path={str(location)!r}"
   archive, tokenizer = files.read(local_path(location)), None
   if "teacher" in archive.settings:
-    _check_process(experiment, field, archive.settings["teacher"])
+    _check_untold(experiment, field, archive.settings["teacher"])
     tree = traverse_util.unflatten_dict(dict(archive.tensors), sep="/")
     network, tokenizer = tree["network"], tree.get("tokenizer")
     if isinstance(experiment.teacher, MaskedTeacher):
@@ -245,9 +254,9 @@ def _from_published(experiment: Experiment, field: str, archive: Archive) -> Par
   return next(iter(parts.values()))
 
 
-def _check_process(experiment: Experiment, field: str, trained: Mapping[str, Any]) -> None:
-  """Raises UserError where a teacher of ours was trained for another process or prediction."""
-  for name in ("teacher.name", "process.name", "process.prediction", "process.sigma_data"):
+def _check_untold(experiment: Experiment, field: str, trained: Mapping[str, Any]) -> None:
+  """Raises UserError where a teacher of ours differs in what no shape of its weights tells."""
+  for name in _UNTOLD:
     wanted = flat_fields(experiment.config, name)[name]
     if trained.get(name, wanted) != wanted:
       raise UserError(

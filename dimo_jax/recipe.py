@@ -1,5 +1,6 @@
 """What rebuilds networks and samplers anywhere: a whole config and the shape of the images."""
 
+import ast
 import dataclasses
 import difflib
 import importlib.metadata
@@ -20,6 +21,15 @@ from dimo_jax.types import UserError
 from dimo_jax.writers import write_atomically
 
 CONFIG_FILE = "config.json"  # of a workdir
+
+
+def parse_field(text: str) -> tuple[str, Any]:
+  """(name, value) of a flag such as `sampling.temperature=7`; what is no literal is a string."""
+  name, _, value = text.partition("=")
+  try:
+    return name, ast.literal_eval(value)
+  except (ValueError, SyntaxError):
+    return name, value
 
 
 def _installed_version() -> str:

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import re
 import shutil
 from pathlib import Path
 
 from dimo_jax.types import UserError
 
 _HUB, _SEPARATOR = "hf://", "://"
+_COLLAPSED = re.compile(r"^(\w{2,}:)/(?!/)")  # what pathlib makes of a scheme's two slashes
 _HUB_FORM = "hf://owner/repo/file or hf://owner/repo, with @revision if it is not the main branch"
 
 
@@ -24,7 +26,7 @@ def local_path(location: str | Path) -> Path:
   Raises:
     UserError: it is not there, or cannot be reached.
   """
-  text = str(location)
+  text = _COLLAPSED.sub(r"\1//", str(location)) if isinstance(location, Path) else location
   if text.startswith(_HUB):
     return _from_hub(text)
   return _from_bucket(text) if _SEPARATOR in text else Path(location)

@@ -3,9 +3,7 @@
 python -m dimo_jax.sample --artifact=DIR_OR_FILE --labels=3,1,4 --num=64 --seed=0 --out=grid.png
 """
 
-import ast
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import flags
@@ -15,6 +13,7 @@ from dimo_jax.artifacts import Artifact
 from dimo_jax.build import NUM_SEEDS, Experiment
 from dimo_jax.distributed import on_first
 from dimo_jax.evaluation import pictures
+from dimo_jax.recipe import parse_field
 from dimo_jax.types import UserError
 from dimo_jax.writers import say
 
@@ -136,14 +135,6 @@ def sample_workdir(
   write_grid(artifact, parse_labels(labels_text, artifact.num_classes), seed, out)
 
 
-def _parse_field(text: str) -> tuple[str, Any]:
-  name, _, value = text.partition("=")
-  try:
-    return name, ast.literal_eval(value)
-  except (ValueError, SyntaxError):
-    return name, value
-
-
 def _dispatch() -> None:
   if not _ARTIFACT.value:
     raise UserError("--artifact is missing; name an export, a workdir or a checkpoint")
@@ -153,7 +144,7 @@ def _dispatch() -> None:
     _ARTIFACT.value,
     tokenizer=_TOKENIZER.value,
     family=_FAMILY.value,
-    fields=dict(map(_parse_field, _FIELD.value)),
+    fields=dict(map(parse_field, _FIELD.value)),
   )
   labels = parse_labels(_LABELS.value, artifact.num_classes, _NUM.value)
   write_grid(artifact, labels, _SEED.value, out, _STEPS.value)

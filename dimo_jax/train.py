@@ -18,6 +18,7 @@ from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.health import Health, RunStopped
 from dimo_jax.hooks import draw_pictures, evaluate_sampler, sampling_network
 from dimo_jax.preemption import STOP
+from dimo_jax.run_judge import RunJudge
 from dimo_jax.sharding import jit_step, local_rows, put, replicated, shard_batch
 from dimo_jax.start import (
   base_key,
@@ -202,9 +203,14 @@ def distill(
   workdir: Path,
   teacher_params: Params,
   tokenizer_params: Params,
-  reference: Reference | None,
+  judge: Reference | RunJudge | None,
 ) -> DistillState:
-  """Runs (or goes on with) the distillation; returns its final state."""
+  """Runs (or goes on with) the distillation; returns its final state.
+
+  Args:
+    judge: of the student on the way: the reference of the data set's own protocol, or a published
+      one.
+  """
   config, directory = experiment.config, workdir / "distill"
   directory.mkdir(parents=True, exist_ok=True)
   check_record(directory, prepare.distill_fields(experiment, teacher_params))
@@ -218,11 +224,15 @@ def distill(
   teacher = teacher_state(experiment, teacher_params, tokenizer_params)
   say(parameter_overview.get_parameter_overview(teacher.params, include_stats=False, max_lines=60))
 
-  def evaluate(reference: Reference, state: DistillState, writer: Writer) -> dict[str, float]:
+  def evaluate(
+    judge: Reference | RunJudge, state: DistillState, writer: Writer
+  ) -> dict[str, float]:
     del writer
+    if isinstance(judge, RunJudge):
+      return judge.metrics(state, teacher.autoencoder)
     student = sampling_network(experiment, state.ema_params, teacher.autoencoder)
     sampler = experiment.student_sampler.at(int(state.clock))
-    row = evaluate_sampler(experiment, reference, sampler, student, interruptible=False)
+    row = evaluate_sampler(experiment, judge, sampler, student, interruptible=False)
     row.pop("images_per_second")  # a wall-clock figure
     return {f"evaluation/{k}": v for k, v in row.items() if v is not None}
 
@@ -230,8 +240,8 @@ def distill(
     return draw_pictures(experiment, state, teacher, directory / "pictures", writer)
 
   hooks: list[tuple[int, Hook]] = []
-  if reference is not None:
-    hooks.append((config.log.evaluate_every_steps, functools.partial(evaluate, reference)))
+  if judge is not None:
+    hooks.append((config.log.evaluate_every_steps, functools.partial(evaluate, judge)))
   if experiment.has_pictures:
     hooks.append((config.log.pictures_every_steps, draw))
   loop = Loop(experiment, directory, "distill", config.train.num_steps)
@@ -245,14 +255,18 @@ def distill(
   )
 
 
-def make_teacher(experiment: Experiment, workdir: Path) -> tuple[Params, Params, Reference | None]:
-  """The stages before the distillation, where not yet done: tokenizer, classifier, teacher.
+def make_teacher(
+  experiment: Experiment, workdir: Path
+) -> tuple[Params, Params, Reference | RunJudge | None]:
+  """The stages before the distillation, where not yet done: tokenizer, classifier, the teacher and
+  its evaluation by a published protocol.
 
   Returns:
-    The teacher's network and tokenizer parameters, and the reference of the evaluation if any.
+    The teacher's network and tokenizer parameters, and the judge of the student if any.
   """
   prepare.check_workdir(experiment, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
+  run_judge = RunJudge.of(experiment, workdir)
   on_first(lambda: prepare.recipe(experiment).save(workdir))
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   reference = prepare.fit_classifier(experiment, workdir)
@@ -260,7 +274,9 @@ def make_teacher(experiment: Experiment, workdir: Path) -> tuple[Params, Params,
   teacher_params, tokenizer_params = train_teacher(experiment, workdir, fitted)
   if tokenizer_params is not fitted:
     prepare.keep_tokenizer(workdir, tokenizer_params)
-  return teacher_params, tokenizer_params, reference
+  if run_judge is not None and experiment.config.evaluation.teacher_first:
+    run_judge.evaluate_teacher(teacher_state(experiment, teacher_params, tokenizer_params))
+  return teacher_params, tokenizer_params, reference or run_judge
 
 
 def train(experiment: Experiment, workdir: Path) -> None:

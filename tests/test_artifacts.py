@@ -16,9 +16,11 @@ import dimo_jax
 from configs import debug
 from dimo_jax import artifacts, prepare
 from dimo_jax.build import build
-from dimo_jax.convert import maskgit
+from dimo_jax.convert import edm, maskgit
 from dimo_jax.evaluation.pictures import to_uint8
+from dimo_jax.models.edm import EDMPrecond
 from dimo_jax.models.mask_transformer import MaskTransformer
+from dimo_jax.models.unet import ADM
 from dimo_jax.recipe import Recipe
 from dimo_jax.types import UserError
 from tests import runs
@@ -261,6 +263,23 @@ def test_published_masked_networks_make_tokens(name, family, role, vqgan):
     dimo_jax.load(GOLDEN / name, family=family, fields=FIELDS, tokenizer=vqgan)
 
 
+def test_the_number_of_heads_must_be_told_where_nothing_says_it(tmp_path):
+  from dimo_jax.convert.__main__ import convert
+
+  fields = {name: value for name, value in FIELDS.items() if name != "model.num_heads"}
+  convert(str(GOLDEN / "01_ema_model"), "", tmp_path)
+  for path in (GOLDEN / "01_ema_model", tmp_path / "generator.safetensors"):
+    with pytest.raises(UserError, match=r"is 64 wide, and nothing .* --field=model.num_heads=N"):
+      dimo_jax.load(path, fields=fields)
+    four, two = (
+      dimo_jax.load(path, fields=fields | {"model.num_heads": n}).sample_tokens(LABELS, 0)
+      for n in (4, 2)
+    )
+    assert (four != two).any()
+  with pytest.raises(UserError, match=r"model.num_heads=5 must divide model.hidden_dim=64"):
+    dimo_jax.load(path, fields=fields | {"model.num_heads": 5})
+
+
 def test_a_vqgan_decodes_the_tokens_of_a_published_network(tmp_path, vqgan):
   network = MaskTransformer(
     num_tokens=64, codebook_size=32, num_classes=10, hidden_dim=32, num_layers=1, num_heads=4,
@@ -306,6 +325,20 @@ def test_converted_weights_can_be_loaded(tmp_path):
   artifact = dimo_jax.load(tmp_path / "generator.safetensors")
   assert artifact.role == "generator"
   np.testing.assert_array_equal(artifact.sample([0, 1], 0), wanted)
+
+
+def test_grey_denoisers_are_known_converted_or_not(tmp_path):
+  from dimo_jax.convert.__main__ import convert
+
+  model = ADM(img_resolution=8, img_channels=1, label_dim=3, model_channels=64, channel_mult=(1,))
+  network = EDMPrecond(model.clone(num_blocks=1, attn_resolutions=()))
+  arguments = jnp.zeros((1, 8, 8, 1)), jnp.ones(1), jnp.zeros(1, jnp.int32)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  save_file(edm.to_published(params, network), tmp_path / "model.safetensors")
+  convert(str(tmp_path / "model.safetensors"), "", tmp_path / "converted")
+  for path in (tmp_path / "model.safetensors", tmp_path / "converted" / "teacher.safetensors"):
+    assert dimo_jax.load(path).image_shape == (8, 8, 1)
 
 
 def test_loading_defines_no_flags():

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from configs import debug
 from dimo_jax import prepare
 from dimo_jax.build import build
+from dimo_jax.data.sources import load_pairs
 from dimo_jax.samplers.edm import HeunDraws
 from dimo_jax.start import distill_batches
 from dimo_jax.types import UserError
@@ -185,6 +186,28 @@ def test_a_second_stage_starts_from_weights_alone(second, reference):
 def _best(workdir):
   rows = [r for r in commands.rows(workdir / "distill") if "evaluation/frechet_distance" in r]
   return min(rows, key=lambda row: row["evaluation/frechet_distance"])["step"]
+
+
+@pytest.mark.parametrize(
+  ("changes", "needle"),
+  [
+    ({"image": np.zeros((3, 2, 2, 1))}, "4 noises go with 3 images"),
+    ({"class_id": np.zeros(3, int)}, r"class_id int64 \[3\], must be integer \[4\]"),
+    ({"class_id": np.zeros(4)}, "class_id float64"),
+    ({"class_id": np.array([0, 1, 2, 3])}, "class_id spans 0 to 3, must lie in 0 to 2"),
+    ({"class_id": np.array([0, -1, 2, 2])}, "class_id spans -1 to 2"),
+    ({"noise": np.zeros((4, 3, 2, 1))}, r"noise is \[4, 3, 2, 1\]"),
+  ],
+)
+def test_pairs_that_do_not_go_together_are_refused(tmp_path, changes, needle):
+  arrays = {name: np.zeros((4, 2, 2, 1)) for name in ("noise", "image")}
+  arrays |= {"class_id": np.array([0, 1, 2, 2]), "teacher_sha256": np.array("ab")}
+  path = str(tmp_path / "pairs.npz")
+  np.savez(path, **arrays)
+  assert len(load_pairs(path, (2, 2, 1), 3)) == 4
+  np.savez(path, **arrays | changes)
+  with pytest.raises(UserError, match=needle):
+    load_pairs(path, (2, 2, 1), 3)
 
 
 def test_unusable_first_stages_and_pairs_are_refused(second, reference, tmp_path):

@@ -9,6 +9,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 
 import jax
@@ -23,8 +24,12 @@ from safetensors.numpy import load_file
 
 import dimo_jax
 from dimo_jax import artifacts, cli, export, prepare
+from dimo_jax.convert import __main__ as convert
+from dimo_jax.convert import families, files
+from dimo_jax.recipe import of_sizes
 from dimo_jax.types import UserError
 from tests import commands, runs
+from tests.helpers import GOLDEN
 
 LABELS = np.array([3, 1, 4, 1, 5])
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -94,6 +99,54 @@ def test_the_torch_format_is_the_published_layout(exported):
     assert settings["network"]["class"] == "DenoisingMLP"
 
 
+@pytest.fixture
+def release(tmp_path):
+  """(tensors of DMD2's published generator, an export of a run that ended with its weights)."""
+  archive = files.read(GOLDEN / "07_dmd2_release" / "pytorch_model.bin")
+  converted = families.convert(archive)
+  recipe = of_sizes(converted.sizes, converted.family)
+  weights = {"network": converted.parts["generator"], "tokenizer": {}}
+  run = artifacts.Run(tmp_path, recipe, weights, 20, 100, average=False, teacher_sha256="0" * 64)
+  export.export(run, ["torch"], tmp_path / "out")
+  return archive.tensors, tmp_path / "out"
+
+
+def test_a_denoiser_leaves_as_the_published_one_came(release, tmp_path):
+  tensors, out = release
+  path = out / "torch" / artifacts.TORCH_FILES["gaussian"]
+  arrays = load_file(path)
+  assert set(arrays) == set(tensors) and any("resample_filter" in name for name in arrays)
+  for name, value in tensors.items():
+    assert arrays[name].dtype == value.dtype, name
+    np.testing.assert_array_equal(arrays[name], value, err_msg=name)
+  convert.convert(str(path), "dmd2", tmp_path / "back")
+  again = dimo_jax.load(tmp_path / "back" / "generator.safetensors")
+  loaded = dimo_jax.load(out)
+  jax.tree.map(
+    np.testing.assert_array_equal, again.parts.weights["network"], loaded.parts.weights["network"]
+  )
+  assert again.sampler == loaded.sampler
+  settings = json.loads((out / "torch" / "sampling.json").read_text())
+  assert settings["network"]["class"] == "ADM" and settings["network"]["model_channels"] == 32
+  assert settings["sampler"]["sigmas"] == [80.0]
+
+
+def test_the_cards_lines_make_the_file_that_dmd2_reads(release, tmp_path, monkeypatch):
+  torch = pytest.importorskip("torch")
+  _, out = release
+  card = (out / "README.md").read_text()
+  block = card[card.index("`pytorch_model.bin`") :].split("\n\n")[1]
+  monkeypatch.chdir(out / "torch")
+  exec(textwrap.dedent(block), {})
+  made, published = (
+    torch.load(folder / "pytorch_model.bin", weights_only=True)
+    for folder in (out / "torch", GOLDEN / "07_dmd2_release")
+  )
+  assert set(made) == set(published)
+  for name, value in published.items():
+    assert made[name].dtype == value.dtype and torch.equal(made[name], value), name
+
+
 def test_a_program_is_portable(exported):
   program = jax_export.deserialize(
     bytearray((exported[2] / "stablehlo" / "program.bin").read_bytes())
@@ -155,6 +208,26 @@ def test_the_card(exported):
   assert str(workdir) not in text
   table = text[text.index("| model |") :].splitlines()
   assert [line.count("|") for line in table[:5]] == [6] * 5
+
+
+def test_the_card_names_a_published_protocol_and_its_files(exported, tmp_path):
+  workdir = commands.copy_run(exported[0], tmp_path / "run")
+  row = {"protocol": "edm-imagenet64", "unverified": ["statistics"], "fid": 2.5, "steps": 1}
+  row |= {"model": "student", "sampler": {"name": "one step", "temperature": 7.0}}
+  row |= {"inception_score": 40.25, "departures": {"num_images": 5000}, "num_images": 5000}
+  row |= {"inception_sha256": "ab" * 32, "statistics_sha256": "cd" * 32}
+  (workdir / "results.json").write_text(json.dumps([row]))
+  export.export(artifacts.read_run(workdir), ["linen"], tmp_path / "out")
+  text = (tmp_path / "out" / "README.md").read_text()
+  for needle in (
+    "Protocol `edm-imagenet64`, 5000 images in the last row. Not the protocol's: num_images=5000.",
+    "Inception-v3's features (weights SHA-256 `abababababab`) against statistics with SHA-256"
+    " `cdcdcdcdcdcd`; unverified: statistics.",
+    "| model | sampler | steps | FID | Inception Score |",
+    "| student | one step | 1 | 2.5 | 40.25 |",
+  ):
+    assert needle in text, text[text.index("## Evaluation") :]
+  assert "small classifier" not in text
 
 
 def test_a_card_says_what_is_not_known(exported, tmp_path):

@@ -36,6 +36,7 @@ recipe
 prepare
 hooks start artifacts
 judges
+run_judge
 train
 sample evaluate benchmark pairs study card plan
 export target

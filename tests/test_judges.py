@@ -63,6 +63,9 @@ def test_a_sweep_finds_its_best_point(workdir, checkpoint_row, tmp_path):
   distances = [row["frechet_distance"] for row in rows]
   assert distances[0] != distances[1]
   assert distances[0] == pytest.approx(checkpoint_row["frechet_distance"], rel=1e-6)
+  run("checkpoint", workdir, *options, "--field=sampling.temperature=9")
+  row = scoring.read_rows(out)[-1]
+  assert row["sampler"]["temperature"] == 9 and row["frechet_distance"] == distances[1]
   page = (tmp_path / "sweep.jsonl.html").read_text()
   assert f"<b>{[own, 9][int(np.argmin(distances))]:g}</b>" in page and page.count("<svg") >= 2
 
@@ -124,6 +127,7 @@ def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
     ("checkpoint W --protocol=debug --out=x --steps=a", "steps='a' must be numbers"),
     ("checkpoint W --protocol=debug --out=x --steps=4", "steps=4 is for teachers"),
     ("checkpoint none --protocol=debug --out=x", "'none' does not exist"),
+    ("checkpoint W --protocol=debug --out=x --field=sampling.temp=1", "sampling.temp=1: no such"),
     ("sweep W --protocol=debug --out=x --field=sampling.temp --values=1", "no such field"),
     ("sweep W --protocol=debug --out=x --field=sampling.temperature --values=", "values=''"),
     ("stats --source=web --path=W --protocol=edm-imagenet64 --out=x", "source='web' is unknown"),

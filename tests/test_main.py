@@ -9,6 +9,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags, logging
@@ -413,11 +414,27 @@ def test_evaluation_alone_repeats_the_results(evaluated, reference):
   workdir, out = evaluated
   assert commands.results(workdir) == commands.results(reference)
   models = [(row["model"], row["steps"]) for row in commands.results(workdir)]
-  assert models == [("real", 0), ("teacher", 1), ("teacher", 4), ("teacher", 16), ("student", 1)]
+  assert models[:2] == [("real", 0), ("tokenizer", 0)]
+  assert models[2:] == [("teacher", 1), ("teacher", 4), ("teacher", 16), ("student", 1)]
   assert str(workdir / "report.html") in out
   commands.assert_same_rows(
     commands.rows(workdir / "distill"), commands.rows(reference / "distill")
   )
+
+
+def test_the_tokenizer_is_judged_by_what_it_gives_back(evaluated):
+  workdir, _ = evaluated
+  experiment = build.build(debug.get_config())
+  images, labels = prepare.load_arrays(experiment.source("test"))
+  codebook = load_file(workdir / "tokenizer" / "tokenizer.safetensors")
+  codebook = {name: jnp.asarray(value) for name, value in codebook.items()}
+  codes = experiment.tokenizer.encode(codebook, jnp.asarray(images))
+  decoded = np.asarray(experiment.tokenizer.decode(codebook, codes))
+  expected = prepare.fit_classifier(experiment, workdir).evaluate(decoded, labels)
+  real, row = commands.results(workdir)[:2]
+  for name in ("frechet_distance", "precision", "class_agreement"):
+    assert row[name] == pytest.approx(expected[name], rel=1e-3) and row[name] != real[name], name
+  assert row["token_entropy"] == real["token_entropy"]
 
 
 @pytest.fixture(scope="module")

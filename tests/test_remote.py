@@ -212,6 +212,15 @@ def test_files_of_a_bucket_are_kept_until_they_change(bucket):
   assert (folder / "weights.bin").read_bytes() == b"second"
 
 
+def test_a_path_that_lost_a_slash_is_still_elsewhere(bucket, tmp_path, monkeypatch):
+  (bucket / "weights.bin").write_bytes(b"x")
+  path = remote.local_path(pathlib.Path("gs://bucket/weights.bin"))
+  assert path.read_bytes() == b"x" and bucket not in path.parents
+  with pytest.raises(UserError, match=r"'hf://owner' is nothing on a hub"):
+    remote.local_path(pathlib.Path("hf://owner"))
+  assert remote.local_path(tmp_path / "a") == tmp_path / "a"
+
+
 def test_what_a_bucket_lacks_is_one_line(bucket):
   with pytest.raises(UserError, match=r"gs://bucket/none does not exist"):
     remote.local_path("gs://bucket/none")

@@ -40,6 +40,7 @@ _FIELDS = (
 _GRID, _CODES, _CLASSES = "tokenizer.grid_size", "tokenizer.codebook_size", "data.num_classes"
 _VOCABULARY = "vocabulary"  # codes, mask id, classes and null class, which share a table
 _HEAD, _FAKE, _REAL = "cls_pred_branch.", "fake_unet.", "real_unet."
+_NOISE_TABLE = "karras_sigmas"  # a buffer beside them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +223,7 @@ def _guidance(archive: Archive, scan_layers: bool) -> dict[str, Params]:
   del scan_layers
   tensors = archive.tensors
   prefixes = (_REAL, _FAKE, _HEAD)
-  rest = [name for name in tensors if not name.startswith((*prefixes, "karras_sigmas"))]
+  rest = [name for name in tensors if name != _NOISE_TABLE and not name.startswith(prefixes)]
   if rest:
     raise UserError(f"unexpected keys {', '.join(rest[:4])}; known: {', '.join(prefixes)}")
   parts = {}

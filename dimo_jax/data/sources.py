@@ -215,11 +215,11 @@ class PairSource:
     return {name: np.asarray(array[index]) for name, array in fields.items()}
 
 
-def load_pairs(path: str, image_shape: tuple[int, int, int]) -> PairSource:
+def load_pairs(path: str, image_shape: tuple[int, int, int], num_classes: int) -> PairSource:
   """The pairs that `--mode=pairs` wrote.
 
   Raises:
-    UserError: no such file, or not pairs of this shape.
+    UserError: no such file, or not pairs of this shape and these classes.
   """
   keys = ["noise", "image", "class_id", "teacher_sha256"]
   arrays = _read_npz(path, keys, field="data.pairs")
@@ -229,10 +229,22 @@ def load_pairs(path: str, image_shape: tuple[int, int, int]) -> PairSource:
         f"data.pairs={path!r}: {name} is {list(arrays[name].shape)}, must be"
         f" [n, {', '.join(map(str, image_shape))}]"
       )
+  labels = arrays["class_id"]
+  lengths = [len(arrays[name]) for name in ("noise", "image")] + [labels.size]
+  if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(set(lengths)) > 1:
+    raise UserError(
+      f"data.pairs={path!r}: {lengths[0]} noises go with {lengths[1]} images and class_id"
+      f" {labels.dtype} {list(labels.shape)}, must be integer [{lengths[0]}]"
+    )
+  if labels.min() < 0 or labels.max() >= num_classes:
+    raise UserError(
+      f"data.pairs={path!r}: class_id spans {labels.min()} to {labels.max()}, must lie in 0 to"
+      f" {num_classes - 1}"
+    )
   return PairSource(
     arrays["noise"].astype(np.float32),
     arrays["image"].astype(np.float32),
-    arrays["class_id"].astype(np.int32),
+    labels.astype(np.int32),
     str(arrays["teacher_sha256"]),
   )
 

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from dimo_jax.evaluation import report
 from dimo_jax.evaluation.scoring import read_rows
 from dimo_jax.types import UserError
@@ -88,8 +86,8 @@ def write_comparison(path: Path, results: Sequence[Results]) -> None:
   for result in results:
     for row in result.rows:
       groups.setdefault(_group(row), []).append(_comparable(result.name, row))
-  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-  html = environment.from_string(report.HEAD + _BODY).render(
+  html = report.page(
+    _BODY,
     title="Comparison: " + ", ".join(names),
     columns=COLUMNS,
     groups=[_section(title, rows) for title, rows in groups.items()],
@@ -132,13 +130,13 @@ def _comparable(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
   """A row under the names that the report's plots know."""
   distance = distance_of(row)
   key = next(key for key in _DISTANCES if row.get(key) is not None)
-  model, is_real = row.get("model", "images"), row.get("model") == "real"
+  model = row.get("model", "images")
   sampler = row.get("sampler", "")
   return {
     **row,
     "name": name,
     "label": _model(row),
-    "model": "real" if is_real else f"{model} of {name}",
+    "model": model if model in report.REFERENCES else f"{model} of {name}",
     "sampler": sampler.get("name", "") if isinstance(sampler, Mapping) else sampler,
     "steps": row.get("steps", 0),
     "frechet_distance": distance,
@@ -150,7 +148,8 @@ def _comparable(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
 def _section(title: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
   drawn = [row for row in rows if row["steps"]]
-  best = min((row for row in rows if row["model"] != "real"), key=distance_of, default=None)
+  generated = (row for row in rows if row["model"] not in report.REFERENCES)
+  best = min(generated, key=distance_of, default=None)
   return {
     "title": title,
     "columns": columns,
@@ -204,8 +203,8 @@ def write_sweep(path: Path, field: str, rows: Sequence[Mapping[str, Any]]) -> No
     )
     if all(row.get(key) is not None for row in rows)
   ]
-  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-  html = environment.from_string(report.HEAD + _SWEEP).render(
+  html = report.page(
+    _SWEEP,
     title=f"Sweep of {field}",
     group=_group(best),
     field=field,
@@ -230,8 +229,7 @@ def write_sweep(path: Path, field: str, rows: Sequence[Mapping[str, Any]]) -> No
   write_atomically(path, html)
 
 
-_BODY = """<body>
-<h1>{{ title }}</h1>
+_BODY = """<h1>{{ title }}</h1>
 {% for group in groups %}
 <section>
 <h2>{{ group.title }}</h2>
@@ -257,11 +255,7 @@ _BODY = """<body>
 </table>
 </div>
 {% if group.plots %}
-<div class="plots quality below">
-{% for plot in group.plots %}
-<figure><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}</figure>
-{% endfor %}
-</div>
+{{ drawn(group.plots, "quality below") }}
 {% endif %}
 </section>
 {% endfor %}
@@ -269,39 +263,16 @@ _BODY = """<body>
 a bootstrap over the draw of the generated images; numbers of two tables are not comparable.</p>
 {% if pictures %}
 <h2>Samples: same seeds and classes</h2>
-<div class="pictures">
-{% for picture in pictures %}
-<figure><img src="{{ picture.source }}" alt="{{ picture.caption }}">
-<figcaption>{{ picture.caption }}</figcaption></figure>
-{% endfor %}
-</div>
+{{ shown(pictures) }}
 {% endif %}
-<details><summary>What the columns mean</summary>
-<dl>
-{% for key, heading, spec, meaning in columns %}
-<dt>{{ heading }}</dt><dd>{{ meaning }}</dd>
-{% endfor %}
-</dl>
-</details>
-<h2>Versions</h2>
-<dl>
-{% for name, version in versions.items() %}
-<dt>{{ name }}</dt><dd>{{ version }}</dd>
-{% endfor %}
-</dl>
-</body>
-</html>
+{{ meanings(columns) }}
+{{ listed(versions) }}
 """
-_SWEEP = """<body>
-<h1>{{ title }}</h1>
+_SWEEP = """<h1>{{ title }}</h1>
 <p>{{ group }}</p>
 <div class="cards"><div class="card student"><h3>Best: {{ field }}</h3><b>{{ best }}</b>
 <span class="soft">distance {{ distance }}</span></div></div>
-<div class="plots quality below">
-{% for plot in plots %}
-<figure><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}</figure>
-{% endfor %}
-</div>
+{{ drawn(plots, "quality below") }}
 <div class="scroll below">
 <table>
 <thead><tr><th>{{ field }}</th>
@@ -320,6 +291,4 @@ _SWEEP = """<body>
 </tbody>
 </table>
 </div>
-</body>
-</html>
 """

@@ -128,8 +128,13 @@ def check_size(protocol: PublishedProtocol, image_shape: tuple[int, ...], what: 
     raise UserError(f"{what} has images {image_shape}, protocol={protocol.name!r} is for {wanted}")
 
 
-def evaluate_images(judge: Judge, images: ImageSet, out: Path) -> dict[str, Any]:
+def evaluate_images(
+  judge: Judge, images: ImageSet, out: Path, said: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
   """Evaluates the first images of a finished set; adds its row to the file `out` and returns it.
+
+  Args:
+    said: what else the row says of them.
 
   Raises:
     UserError: images of another size or fewer than the protocol takes; features that are NaN.
@@ -138,7 +143,8 @@ def evaluate_images(judge: Judge, images: ImageSet, out: Path) -> dict[str, Any]
   protocol = judge.protocol
   check_size(protocol, images.image_shape, images.name)
   scoring.too_few(protocol, len(images), images.name)
-  source = {"images": images.name, "images_fingerprint": images.fingerprint()}
+  source: dict[str, Any] = {"images": images.name, "images_fingerprint": images.fingerprint()}
+  source |= said or {}
   batches = image_batches(images, protocol.num_images, judge.batch_size)
   row, state_path = judge.judge(batches, images.name, out, source)
   shown = images.read(0, min(_NUM_PICTURES, protocol.num_images))

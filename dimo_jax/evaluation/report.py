@@ -27,7 +27,15 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from dimo_jax.types import UserError
 from dimo_jax.writers import write_atomically
 
-__all__ = ["HEAD", "console_table", "curve", "embed", "quality_plots", "versions", "write_report"]
+__all__ = [
+  "console_table",
+  "curve",
+  "embed",
+  "page",
+  "quality_plots",
+  "versions",
+  "write_report",
+]
 
 Row = Mapping[str, Any]
 
@@ -54,7 +62,8 @@ COLUMNS = (
   ("num_images", "images", "d", "images behind the row; FD falls as they grow"),
   ("seed", "seed", "d", "training seed"),
 )
-MODELS = ("real", "teacher", "student")  # order of rows and series
+MODELS = ("real", "tokenizer", "teacher", "student")  # order of rows and series
+REFERENCES = MODELS[:2]  # not generated: the data, and what the tokenizer makes of them
 
 # stage in `curves`, heading, metrics drawn together
 PANELS = (
@@ -65,6 +74,8 @@ PANELS = (
   ("distill", "Gradient norm", ("generator/grad_norm", "fake_score/grad_norm")),
   ("distill", "Disagreement", ("distill/disagreement",)),
 )
+WIDE_RANGE = 20  # of distances: a larger ratio is drawn on a logarithmic axis
+LONG_LABEL = 27  # characters: two columns of longer ones do not fit below a plot
 MAX_POINTS = 300  # a longer curve is averaged over equal runs of rows
 
 # Matplotlib draws in these colours; each becomes a CSS variable that the page's theme sets.
@@ -103,8 +114,8 @@ def write_report(
   Args:
     path: the HTML file.
     title: heading of the page.
-    results: rows of results.json; needed keys are model (real, teacher or student), sampler, steps
-      and frechet_distance, the others may be missing or None.
+    results: rows of results.json; needed keys are model (one of MODELS), sampler, steps and
+      frechet_distance, the others may be missing or None.
     curves: rows of metrics with "step", for "teacher" and "distill"; missing metrics are skipped.
     grids: (PNG file, caption) of the picture grids.
     config_text: the full configuration.
@@ -134,8 +145,8 @@ def write_report(
     }
     for row in results
   ]
-  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-  html = environment.from_string(TEMPLATE).render(
+  html = page(
+    _BODY,
     title=title,
     summary=_summary(results),
     columns=COLUMNS,
@@ -150,6 +161,14 @@ def write_report(
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   write_atomically(path, html)
+
+
+def page(body: str, **context: Any) -> str:
+  """A whole page: the template of its body, which may use the parts below, and what it takes;
+  `title` among it.
+  """
+  environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+  return environment.from_string(_PARTS + _HEAD + body + _FOOT).render(**context)
 
 
 def _sort(results: Iterable[Row]) -> list[Row]:
@@ -206,12 +225,18 @@ def quality_plots(results: Sequence[Row]) -> list[dict[str, str]]:
   """Fréchet distance against steps and against milliseconds per image."""
   series: dict[str, dict[int, list[Row]]] = {}
   for row in results:
-    if row["model"] != "real" and _is_number(row["frechet_distance"]):
+    if row["model"] not in REFERENCES and _is_number(row["frechet_distance"]):
       name = f"{row['model']}, {row['sampler']}"
       series.setdefault(name, {}).setdefault(row["steps"], []).append(row)
   if not series:
     return []
   floor = _best(results, "real")
+  distances = [
+    row["frechet_distance"]
+    for by_steps in series.values()
+    for rows in by_steps.values()
+    for row in rows
+  ]
   plots = []
   for title, is_time in (("Quality against steps", False), ("Quality against time", True)):
     figure, axes = _figure("milliseconds per image" if is_time else "steps", "Fréchet distance")
@@ -241,7 +266,12 @@ def quality_plots(results: Sequence[Row]) -> list[dict[str, str]]:
     axes.xaxis.set_major_locator(
       LogLocator(subs=(1, 2, 5)) if is_time else FixedLocator(sorted(ticks))
     )
-    axes.set_ylim(bottom=0)
+    if 0 < WIDE_RANGE * min(distances) < max(distances):
+      axes.set_yscale("log")
+      axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+      axes.yaxis.set_minor_locator(NullLocator())
+    else:
+      axes.set_ylim(bottom=0)
     plots.append({"title": title, "svg": _svg(figure, axes, title)})
   return plots
 
@@ -301,7 +331,14 @@ def _figure(x_label: str, y_label: str | None) -> tuple[Figure, Axes]:
 def _svg(figure: Figure, axes: Axes, title: str, legend: bool = True) -> str:
   """The figure as inline SVG: no background, text as text, colours as CSS variables."""
   if legend:
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False, labelcolor=INK)
+    longest = max(map(len, axes.get_legend_handles_labels()[1]))
+    figure.legend(
+      loc="outside lower center",
+      ncols=1 if longest > LONG_LABEL else 2,
+      fontsize=8,
+      frameon=False,
+      labelcolor=INK,
+    )
   buffer = io.StringIO()
   with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -325,8 +362,40 @@ def embed(image: str | os.PathLike) -> str:
   return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-# The beginning of a page, as a template that takes its title.
-HEAD = """<!doctype html>
+_PARTS = """{% macro drawn(plots, kind) %}
+<div class="plots {{ kind }}">
+{% for plot in plots %}
+<figure><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}</figure>
+{% endfor %}
+</div>
+{% endmacro %}
+{% macro shown(pictures) %}
+<div class="pictures">
+{% for picture in pictures %}
+<figure><img src="{{ picture.source }}" alt="{{ picture.caption }}">
+<figcaption>{{ picture.caption }}</figcaption></figure>
+{% endfor %}
+</div>
+{% endmacro %}
+{% macro meanings(columns) %}
+<details><summary>What the columns mean</summary>
+<dl>
+{% for key, heading, spec, meaning in columns if meaning %}
+<dt>{{ heading }}</dt><dd>{{ meaning }}</dd>
+{% endfor %}
+</dl>
+</details>
+{% endmacro %}
+{% macro listed(versions) %}
+<h2>Versions</h2>
+<dl>
+{% for name, version in versions.items() %}
+<dt>{{ name }}</dt><dd>{{ version }}</dd>
+{% endfor %}
+</dl>
+{% endmacro %}
+"""
+_HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -392,11 +461,12 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; fon
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 </style>
 </head>
+<body>
 """
-TEMPLATE = (
-  HEAD
-  + """<body>
-<h1>{{ title }}</h1>
+_FOOT = """</body>
+</html>
+"""
+_BODY = """<h1>{{ title }}</h1>
 {% if summary %}
 <div class="cards">
 {% for card in summary %}
@@ -429,38 +499,19 @@ on the number of images.</p>
 </tbody>
 </table>
 </div>
-<details><summary>What the columns mean</summary>
-<dl>
-{% for key, heading, spec, meaning in columns if meaning %}
-<dt>{{ heading }}</dt><dd>{{ meaning }}</dd>
-{% endfor %}
-</dl>
-</details>
+{{ meanings(columns) }}
 {% endif %}
 {% if quality_plots %}
 <h2>Quality and cost</h2>
-<div class="plots quality">
-{% for plot in quality_plots %}
-<figure><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}</figure>
-{% endfor %}
-</div>
+{{ drawn(quality_plots, "quality") }}
 {% endif %}
 {% if pictures %}
 <h2>Samples</h2>
-<div class="pictures">
-{% for picture in pictures %}
-<figure><img src="{{ picture.source }}" alt="{{ picture.caption }}">
-<figcaption>{{ picture.caption }}</figcaption></figure>
-{% endfor %}
-</div>
+{{ shown(pictures) }}
 {% endif %}
 {% if curve_plots %}
 <h2>Training</h2>
-<div class="plots">
-{% for plot in curve_plots %}
-<figure><h3>{{ plot.title }}</h3>{{ plot.svg | safe }}</figure>
-{% endfor %}
-</div>
+{{ drawn(curve_plots, "") }}
 {% endif %}
 {% if notes %}
 <h2>Notes</h2>
@@ -468,24 +519,14 @@ on the number of images.</p>
 <p>{{ note }}</p>
 {% endfor %}
 {% endif %}
-{% if versions %}
-<h2>Versions</h2>
-<dl>
-{% for name, version in versions.items() %}
-<dt>{{ name }}</dt><dd>{{ version }}</dd>
-{% endfor %}
-</dl>
-{% endif %}
+{{ listed(versions) if versions }}
 {% if config_text %}
 <h2>Configuration</h2>
 <details><summary>Full configuration</summary>
 <pre>{{ config_text }}</pre>
 </details>
 {% endif %}
-</body>
-</html>
 """
-)
 
 
 def versions() -> dict[str, str]:

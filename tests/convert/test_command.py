@@ -149,6 +149,17 @@ def test_unfitting_teachers_are_refused_in_one_line(tmp_path, masked, continuous
     assert "\n" not in str(error.value)
 
 
+def test_our_own_teachers_say_what_shapes_do_not(tmp_path, masked, continuous):
+  for experiment, tensors, name, value in (
+    (masked, maskgit.from_published(state_dict("01_masktransformer")), "model.num_heads", 2),
+    (continuous, load_teacher(continuous, RELEASE)[0], "denoiser.channels_per_head", 32),
+  ):
+    fields = {"teacher.name": experiment.config.teacher.name, name: value}
+    save_teacher(tmp_path / "teacher.safetensors", tensors, {}, fields, recipe(experiment))
+    with pytest.raises(UserError, match=rf"was trained with {name}={value}, and the config says"):
+      load_teacher(experiment, tmp_path)
+
+
 def test_our_own_teachers_fit_whether_their_blocks_are_stacked_or_not(tmp_path, masked):
   tensors = state_dict("01_masktransformer")
   expected = maskgit.from_published(tensors, scan_layers=True)

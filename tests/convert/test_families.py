@@ -193,6 +193,10 @@ def test_wrong_keys_of_the_parts_of_a_guidance_file(tmp_path):
   for changes, needle in (
     ({"fake_unet.model.map_layer9.bias": np.zeros(3)}, r"fake_unet\.: .*unexpected.*map_layer9"),
     ({"other.w": np.zeros(3)}, "unexpected keys other.w"),
+    ({"karras_sigmas_2": np.zeros(3)}, "unexpected keys karras_sigmas_2"),
+    ({"cls_pred_branch.7.weight": np.zeros(3)}, r"GAN head.*unexpected keys 7\.weight"),
+    ({"cls_pred_branch.3.scale": np.zeros(3)}, r"GAN head.*unexpected keys 3\.scale"),
+    ({"cls_pred_branch.num": np.zeros(3)}, r"GAN head.*unexpected keys num"),
     (
       {"cls_pred_branch.1.bias": np.zeros(3)},
       r"GAN head.*misshapen keys 1\.bias \(3,\) for \(64,\)",

@@ -54,7 +54,9 @@ def results(tmp_path):
   row |= {"model": "real", "sampler": "test split", "frechet_distance": 2.66}
   student = row | {"model": "student", "sampler": "one step", "steps": 1}
   student |= {"frechet_distance": 3.33, "frechet_distance_low": 3.1, "frechet_distance_high": 3.6}
-  (workdir / "results.json").write_text(json.dumps([row, student]))
+  codes = row | {"model": "tokenizer", "sampler": "test split, reconstructed"}
+  codes |= {"frechet_distance": 2.7}
+  (workdir / "results.json").write_text(json.dumps([row, codes, student]))
   return [compare.load_results(p) for p in (path, workdir)]
 
 
@@ -78,6 +80,9 @@ def test_numbers_stand_with_their_own_kind(page):
   assert "2.650 to 2.850" in sections[0][1] and "3.100 to 3.600" in sections[2][1]
   best = re.findall(r'<tr class="student">(.*?)</tr>', sections[0][1], re.S)
   assert len(best) == 1 and "2.500" in best[0]
+  best = re.findall(r'<tr class="student">(.*?)</tr>', sections[2][1], re.S)
+  assert len(best) == 1 and "3.330" in best[0]  # neither the data nor the tokenizer is a model
+  assert "tokenizer" not in sections[2][1][sections[2][1].index("<svg") :]
   assert "KID" not in sections[0][1] and "IS" in sections[0][1]
   assert sections[0][1].count("<svg") == 2
 

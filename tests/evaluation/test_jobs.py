@@ -11,12 +11,12 @@ from PIL import Image
 from scipy import linalg
 
 from dimo_jax import types
-from dimo_jax.evaluation import extraction, image_sets, inception, jobs, published, references
+from dimo_jax.evaluation import extraction, image_sets, jobs, published, references
 from dimo_jax.preemption import Preempted
 from dimo_jax.sharding import make_mesh
+from tests import tiny_inception
 
 SIDE, NUM = 4, 96
-SIZES = {"2048": 6, "spatial": 5, "logits_unbiased": 4}
 PROTOCOL = published.PublishedProtocol(
   name="tiny",
   source="here",
@@ -31,27 +31,12 @@ PROTOCOL = published.PublishedProtocol(
 )
 
 
-def projections(shift=0.0):
-  random = np.random.default_rng(7)
-  return {
-    name: random.normal(size=(SIDE * SIDE * 3, size)) / 20 + shift for name, size in SIZES.items()
-  }
-
-
-def tiny_features(params, levels, resize_name, taps):
-  rows = levels.reshape(len(levels), -1).astype(jnp.float32) / 255
-  return {tap: jnp.tanh(rows @ params[tap].astype(jnp.float32)) for tap in taps}
-
-
-NETWORK = inception.Inception(projections(), "abc", published=True)
+NETWORK = tiny_inception.network(SIDE)
 
 
 @pytest.fixture(autouse=True)
 def tiny_network(monkeypatch):
-  """No Inception and no weights: features of a handful of numbers."""
-  for name, size in SIZES.items():
-    monkeypatch.setitem(inception.TAPS, name, size)
-  monkeypatch.setattr(extraction, "_features", jax.jit(tiny_features, static_argnums=(2, 3)))
+  tiny_inception.install(monkeypatch)
 
 
 def levels(seed, num=NUM, side=SIDE):
@@ -86,7 +71,7 @@ def judge(statistics, *, batch_size=32, devices=8, network=NETWORK, protocol=PRO
 
 
 def features(images, tap):
-  return np.asarray(tiny_features(NETWORK.params, images, "none", (tap,))[tap])
+  return np.asarray(tiny_inception.features(NETWORK.params, images, "none", (tap,))[tap])
 
 
 def gaussian_distance(a, b):
@@ -104,6 +89,7 @@ def test_a_row_has_the_numbers_and_what_they_depend_on(tmp_path, statistics):
     features(levels(seed, num).astype(np.float64), "2048") for seed, num in ((1, 150), (2, NUM))
   )
   assert row["fid"] == pytest.approx(gaussian_distance(a, b), rel=1e-4)
+  assert 0 <= row["fid_low"] < row["fid"] < row["fid_high"]
   a, b = (features(levels(seed, num), "spatial") for seed, num in ((1, 150), (2, NUM)))
   assert row["sfid"] == pytest.approx(gaussian_distance(a, b), rel=1e-4)
   assert 1 < row["inception_score"] < 4
@@ -117,6 +103,13 @@ def test_a_row_has_the_numbers_and_what_they_depend_on(tmp_path, statistics):
   assert row["images"] == str(images)
   assert {"jax", "numpy", "device"} <= set(row["versions"])
   assert not list(tmp_path.glob("*.partial.npz")) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_weights_that_were_not_published_are_named(tmp_path, statistics):
+  images = image_sets.open_images(save_npz(tmp_path / "fake.npz", levels(2)))
+  one = judge(statistics, network=dataclasses.replace(NETWORK, published=False))
+  row = jobs.evaluate_images(one, images, tmp_path / "results.jsonl")
+  assert row["unverified"] == ["statistics", "inception"]
 
 
 def test_a_folder_is_the_same_images(tmp_path, statistics):
@@ -172,7 +165,7 @@ def test_a_killed_job_goes_on(tmp_path, statistics, monkeypatch, after):
 
 def test_what_is_left_of_another_job_is_not_used(tmp_path, statistics):
   sums = extraction.FeatureSums.of(PROTOCOL, spatial=True)
-  sums.add({name: np.ones((8, size), np.float32) for name, size in SIZES.items()})
+  sums.add({name: np.ones((8, size), np.float32) for name, size in tiny_inception.SIZES.items()})
   path = tmp_path / "partial.npz"
   sums.save(path, "a")
   again = extraction.FeatureSums.of(PROTOCOL, spatial=True)

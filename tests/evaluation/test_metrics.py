@@ -171,10 +171,13 @@ def test_authenticity_of_copies_and_of_new_images():
     metrics.authenticity(line[:1], line)
 
 
-def test_the_interval_is_that_of_resampling_the_images():
+@pytest.mark.parametrize(
+  ("scales", "shift"), [((1.0, 1.5, 0.5), 0.3), ((1.0, 1.0, 0.1), 0.0)]
+)  # of the second only the narrow direction moves the distance
+def test_the_interval_is_that_of_resampling_the_images(scales, shift):
   rng = np.random.default_rng(0)
   reference = metrics.FeatureStatistics.from_features(rng.normal(size=(5000, 3)))
-  features = rng.normal(size=(1500, 3)) * [1.0, 1.5, 0.5] + [0.3, 0, 0]
+  features = rng.normal(size=(1500, 3)) * scales + [shift, 0, 0]
   generated = metrics.FeatureStatistics.from_features(features)
   distances = []
   for _ in range(400):

@@ -134,6 +134,15 @@ def test_only_recorded_curves_are_drawn_and_follow_the_theme(tmp_path, arguments
   assert "milliseconds per image" in label and "real data (floor)" in label
 
 
+def test_distances_far_apart_share_a_logarithmic_axis():
+  def labels(worst):
+    rows = [make_row("teacher", "Heun", 3, worst), make_row("student", "one step", 6, 1.5)]
+    return re.findall(r"<text[^>]*>([^<]*)</text>", report.quality_plots(rows)[0]["svg"])
+
+  assert {"10", "100"} <= set(labels(240.0)) and "50" not in labels(240.0)
+  assert "0" in labels(24.0) and "100" not in labels(24.0)
+
+
 def test_long_curves_are_averaged():
   points = [(float(i), float(i % 2)) for i in range(4 * report.MAX_POINTS)]
   arguments = {"teacher": [{"step": x, "teacher/loss": y} for x, y in points]}
