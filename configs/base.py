@@ -258,7 +258,7 @@ def get_config() -> ConfigDict:
   evaluation.num_images = 0  # there: another number, which every result tells; 0: the protocol's
   evaluation.teacher_first = True  # there: the teacher is evaluated before it is distilled
   evaluation.batch_size = 256  # samples a call
-  evaluation.seed = 12345  # of the sampled images
+  evaluation.seed = 12345  # of the sampled images; published protocols have their own
   evaluation.teacher_steps = (1, 2, 4, 8, 16)  # at which the teacher is evaluated
 
   config.health = health = ConfigDict()  # what stops a run
@@ -268,7 +268,8 @@ def get_config() -> ConfigDict:
   health.max_contrast = 2.0  # of DMD2's images before they are clipped; above: diverged
   health.max_brightness = 0.98  # |mean| of those pixels, above: all black or all white
   health.patience = 3  # readings in a row before the run stops; pictures stop it at the first
-  # An update with anything NaN or infinite in it is left out; so many in a row stop the run.
+  # An update with anything NaN or infinite in it is left out; so many in a row, when the metrics
+  # are next read, stop the run.
   health.max_skipped = 10
 
   config.lock()

@@ -93,7 +93,7 @@ class Checkpoints:
 
   def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> None:
     """Starts a checkpoint; returns once the state has left the devices."""
-    if step in self._manager.all_steps():
+    if from_first(step in self._manager.all_steps()):
       return
     tree = serialization.to_state_dict(state)
     self._manager.save(
@@ -119,10 +119,12 @@ class Checkpoints:
     nothing else is read.
 
     Raises:
-      UserError: the asked-for step does not exist, or none of the checkpoints can be read.
+      UserError: the asked-for step does not exist, none of the checkpoints can be read, or one is
+        of another version of this program.
     """
     _quiet_abandoned_reads()
-    steps = sorted(self._manager.all_steps(), reverse=True)
+    # As process 0 sees them: a shared folder may show another the newest one late.
+    steps = from_first(sorted(self._manager.all_steps(), reverse=True))
     if step is not None:
       if step not in steps:
         raise UserError(f"checkpoint {step} is not in {self._directory}; there are {steps}")
@@ -137,9 +139,12 @@ class Checkpoints:
       try:
         # Not the manager's restore: its barrier would hang where one process cannot read.
         path = self._directory / str(candidate) / "default"
+        _check_names(path, tree, partial=partial)
         tree = _restore_part(path, abstract) if partial else _restore(path, abstract)
         saved = self._manager.metadata(candidate).custom_metadata.get("checksums")
         reason = "" if saved else "its checksums cannot be read"
+      except UserError:
+        raise
       except Exception as error:  # whatever a damaged file makes of itself
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
           raise
@@ -196,6 +201,20 @@ def save_tree(path: Path, tree: Any) -> None:
   """Writes a tree of arrays as an orbax checkpoint without a history."""
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path.absolute(), jax.tree.map(np.asarray, jax.device_get(tree)))
+
+
+def _check_names(path: Path, tree: Any, *, partial: bool) -> None:
+  """Raises UserError where a whole checkpoint holds other arrays than `tree`."""
+  with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    saved = set(traverse_util.flatten_dict(handler.metadata(path).tree, sep="/"))
+  wanted = set(traverse_util.flatten_dict(tree, sep="/"))
+  missing, unknown = sorted(wanted - saved), [] if partial else sorted(saved - wanted)
+  if missing or unknown:
+    what = f"lacks {missing[0]}" if missing else f"holds {unknown[0]} besides"
+    raise UserError(
+      f"checkpoint {path.parent} {what}: it is of another version of this program or another"
+      " config; go on with that one, or begin a new workdir"
+    )
 
 
 def _restore(path: Path, abstract: Any) -> Any:

@@ -1,6 +1,4 @@
-"""What every command shares: the flags of the config and of the run's processes, one line for a
-mistake, exit codes.
-"""
+"""What every command shares: the `--config` flag, one line for a mistake, exit codes."""
 
 import os
 import re
@@ -18,20 +16,6 @@ from dimo_jax.types import UserError
 BAD_INPUT, STOPPED = 2, 3  # exit codes, beside preemption.RESUME_EXIT_CODE
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=1 overrides.")
-
-_COORDINATOR_ADDRESS = flags.DEFINE_string(
-  "coordinator_address",
-  "",
-  "One run of several processes: HOST:PORT of process 0; with --num_processes and --process_id.",
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed",
-  None,
-  "Whether the cluster (TPU pod, GKE, Slurm, Open MPI) knows the run's processes; by default where"
-  " its environment names several. Needed on a TPU pod outside GKE.",
-)
 
 
 def run(
@@ -73,7 +57,7 @@ def guarded(command: Callable[[], None]) -> None:
   except Exception as error:
     if disk_is_full(error):
       _fail("the disk is full; free some space and run the same command again", 1)
-    elif not _has_peers():
+    elif not has_peers():
       raise
     else:
       traceback.print_exc()
@@ -83,26 +67,11 @@ def guarded(command: Callable[[], None]) -> None:
     os._exit(1)
 
 
-def _has_peers() -> bool:
+def has_peers() -> bool:
+  """Whether this process is one of several of a run."""
   import jax
 
   return jax.distributed.is_initialized()
-
-
-def join() -> None:
-  """Joins the other processes of the run, where there are some; before JAX touches a device.
-
-  Raises:
-    UserError: flags that do not fit together, or processes that were not asked to join.
-  """
-  from dimo_jax import distributed
-
-  distributed.initialize(
-    _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
-  )
-  if _has_peers():
-    STOP.share()
-  distributed.check_joined()
 
 
 def _checked(argv: list[str], dispatch: Callable[[], None], needs_config: bool) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import errno
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -28,18 +28,35 @@ class Health:
   def __post_init__(self):
     self._strikes: dict[int, int] = {}  # readings in a row, by sign
     self._skipped: dict[str, float] = {}  # updates left out so far, by network
+    self._resumed = False
 
-  def check(self, step: int, metrics: Mapping[str, float], directory: str) -> str | None:
+  def resume(self) -> None:
+    """Says that the next reading's counts include updates of before."""
+    self._resumed = True
+
+  def check(
+    self,
+    step: int,
+    metrics: Mapping[str, float],
+    directory: str,
+    of_update: Collection[str] | None = None,
+  ) -> str | None:
     """Raises RunStopped at a non-finite value, or where a sign persists.
 
     It must for `patience` readings, of a picture for one: pictures are rare. Of metrics that are
     not finite because their update was skipped (`step`), it must for `max_skipped` updates.
 
+    Args:
+      of_update: names of the metrics that the update itself gave; all by default.
+
     Returns:
       A line to show where updates were skipped since the last reading.
     """
-    bad = ", ".join(name for name, value in metrics.items() if not math.isfinite(value))
+    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
     skipped = {name: value for name, value in metrics.items() if name.endswith("/skipped")}
+    if self._resumed:
+      self._skipped = {name: n - metrics[f"{name}_in_a_row"] for name, n in skipped.items()}
+      self._resumed = False
     new = {name: total - self._skipped.get(name, 0) for name, total in skipped.items()}
     self._skipped |= skipped
     advice = (
@@ -54,8 +71,10 @@ class Health:
           f" update after update is NaN or infinite.{advice}; where other machines run it well,"
           " replace this one"
         )
-    if bad and not any(new.values()):
-      raise RunStopped(f"step {step}: {bad} not finite.{advice}")
+    if any(new.values()):
+      bad = [name for name in bad if of_update is not None and name not in of_update]
+    if bad:
+      raise RunStopped(f"step {step}: {', '.join(bad)} not finite.{advice}")
     signs = (
       (
         "generator/entropy",

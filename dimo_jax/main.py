@@ -35,6 +35,19 @@ _DEVICE_MEMORY_GIB = flags.DEFINE_float(
 _TARGET = flags.DEFINE_string(
   "target", "", "--mode=plan: compile for this TPU topology, as v5e:4x4, instead of estimating."
 )
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  "coordinator_address",
+  "",
+  "One run of several processes: HOST:PORT of process 0; with --num_processes and --process_id.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  None,
+  "Whether the cluster (TPU pod, GKE, Slurm, Open MPI) knows the run's processes; by default where"
+  " its environment names several. Needed on a TPU pod outside GKE.",
+)
 
 
 def _dispatch() -> None:
@@ -49,7 +62,7 @@ def _dispatch() -> None:
   from dimo_jax import build, evaluate, pairs, prepare, sample, train
   from dimo_jax.recipe import CONFIG_FILE, Recipe
 
-  cli.join()
+  _join()
   workdir, given = Path(_WORKDIR.value), cli.CONFIG.value
   if given is None and not (workdir / CONFIG_FILE).exists():
     raise UserError(
@@ -83,6 +96,22 @@ def _dispatch() -> None:
     evaluate.evaluate_workdir(experiment, workdir, best=best)
 
 
+def _join() -> None:
+  """Joins the other processes of the run, where there are some; before JAX touches a device.
+
+  Raises:
+    UserError: flags that do not fit together, or processes that were not asked to join.
+  """
+  from dimo_jax import distributed
+
+  distributed.initialize(
+    _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
+  )
+  if cli.has_peers():
+    STOP.share()
+  distributed.check_joined()
+
+
 def _plan() -> None:
   if cli.CONFIG.value is None:
     raise UserError("--config is missing; name a config, such as --config=configs/digits.py")
@@ -92,6 +121,9 @@ def _plan() -> None:
   from dimo_jax import plan, target
 
   if _TARGET.value:
+    for name in ("devices", "device_memory_gib"):
+      if flags.FLAGS[name].present:
+        raise UserError(f"--{name} does not go with --target={_TARGET.value!r}, which says it")
     target.compile_for(cli.CONFIG.value, _TARGET.value)
   else:
     plan.plan(cli.CONFIG.value, _DEVICES.value, _DEVICE_MEMORY_GIB.value)

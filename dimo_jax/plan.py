@@ -1,6 +1,7 @@
 """Whether a distillation fits, from shapes alone: `--mode=plan --devices=8 --device_memory_gib=16`.
 
-Nothing is allocated and no file is read: networks are traced, not run. Two kinds of figures:
+Nothing is allocated and no file but `data.pairs` is read: networks are traced, not run. Two kinds
+of figures:
 
 * The state's bytes (parameters, moments, average, teacher) are exact for the sharding rules.
 * Temporaries are an estimate: what JAX keeps of one loss's forward pass for its backward pass on
@@ -159,12 +160,20 @@ class Planner:
     kinds = {
       "shard": shards,
       "accumulate": list(self._accumulated(self.layout)),
-      "rematerialise": [_rematerialised(self.layout)],
+      "rematerialise": [_rematerialised(self.layout)] if self._can_rematerialise() else [],
     }
     both = [layout for shard in shards for layout in self._accumulated(shard)]
     everything = [_rematerialised(layout) for layout in kinds["accumulate"] + shards + both]
+    everything = everything if self._can_rematerialise() else []
     several = {"shard and accumulate": both, "rematerialise and more": everything}
     return self._fitting(kinds, limit) or self._fitting(several, limit)
+
+  def _can_rematerialise(self) -> bool:
+    """Whether there is something that the network could compute again."""
+    try:
+      return self.activations("full") != self.activations(self.layout.remat)
+    except UserError:  # some networks keep everything
+      return False
 
   def _fitting(self, kinds: dict[str, list[Layout]], limit: int) -> dict[str, Layout]:
     """The first layout of each kind that fits."""
@@ -294,7 +303,8 @@ def without_files(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
   config.teacher.path, config.train.start_from = "random", ""
   config.evaluation.protocol = "none"
   source = SOURCES.get(config.data.name)
-  if source is not None and "path" in source.fields and not config.data.path:
+  known = source is not None and "image_size" in source.fields and config.data.image_size
+  if source is not None and "path" in source.fields and (known or not config.data.path):
     if not config.data.image_size:
       raise UserError(
         f"data.image_size=0 must be the side of the images, or data.path where"

@@ -55,6 +55,7 @@ _UNTOLD = (
   "process.sigma_data",
   "model.num_heads",
   "denoiser.channels_per_head",
+  "denoiser.resample_filter",
 )
 
 
@@ -257,7 +258,7 @@ def _from_published(experiment: Experiment, field: str, archive: Archive) -> Par
 def _check_untold(experiment: Experiment, field: str, trained: Mapping[str, Any]) -> None:
   """Raises UserError where a teacher of ours differs in what no shape of its weights tells."""
   for name in _UNTOLD:
-    wanted = flat_fields(experiment.config, name)[name]
+    wanted = json.loads(json.dumps(flat_fields(experiment.config, name)[name]))  # as it is kept
     if trained.get(name, wanted) != wanted:
       raise UserError(
         f"{field} was trained with {name}={trained[name]!r}, and the config says {wanted!r}"
@@ -389,7 +390,7 @@ def _network_sections(experiment: Experiment) -> tuple[str, ...]:
 
 def flat_fields(config, *names: str) -> dict:
   """`a.b.c` names and values of the named sections or fields of a config, but for where the
-  tokenizer's file lies.
+  tokenizer's file lies and what is computed twice to save memory.
   """
   fields: dict[str, Any] = {}
   for name in names:
@@ -401,5 +402,6 @@ def flat_fields(config, *names: str) -> dict:
       fields |= {f"{name}.{key}": item for key, item in flat.items()}
     else:
       fields[name] = value
-  fields.pop("tokenizer.path", None)
+  for name in ("tokenizer.path", "model.remat", "denoiser.remat"):
+    fields.pop(name, None)
   return fields

@@ -137,8 +137,12 @@ class RunJudge:
     return self._evaluate_network(network, sampler, source)
 
   def metrics(self, state: DistillState, tokenizer: Params) -> dict[str, float]:
-    """The student's numbers as a training records them."""
-    row = self.evaluate_student(state, tokenizer)
+    """The student's numbers as a training records them.
+
+    No signal stops it: they must be on disk before the checkpoint of their step.
+    """
+    judge = dataclasses.replace(self.judge, interruptible=False)
+    row = dataclasses.replace(self, judge=judge).evaluate_student(state, tokenizer)
     return {
       f"evaluation/{name}": row[key] for key, name in _METRICS.items() if row[key] is not None
     }
@@ -187,7 +191,12 @@ class RunJudge:
     self, network: NetworkState, sampler: Sampler, source: Mapping[str, Any]
   ) -> Row:
     experiment = self.experiment
-    identity = {"model": source["model"], "weights_sha256": params_hash(network.all_params)}
+    identity = {
+      "model": source["model"],
+      "weights_sha256": params_hash(network.all_params),
+      "compute_dtype": experiment.config.precision.compute_dtype,
+      "batch_size": self.judge.batch_size,
+    }
     generator = NetworkGenerator(
       source={**source, **identity},
       sampler=sampler,

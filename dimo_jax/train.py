@@ -77,6 +77,7 @@ class Loop:
     state, start = restored or (place(make_state(), self._mesh, self._rules), 0)
     if start:
       say(f"{self._name}: goes on from step {start}")
+      self._health.resume()
     writer = Writer(self._directory, self._name, start, self._num_steps)
     pending = None  # (step, metrics) of the previous iteration
     stream = batches(start)
@@ -118,14 +119,14 @@ class Loop:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     values |= extra or {}
     writer.metrics(step, values)
-    note = self._health.check(step, values, str(self._directory))
+    note = self._health.check(step, values, str(self._directory), of_update=metrics.keys())
     if note:
       say(f"{self._name}: {note}")
 
   def _check_state(self, step: int, state: Any, metrics: Metrics) -> None:
     """Raises RunStopped where what is about to be saved would not be worth restoring."""
     counts = {k: v for k, v in metrics.items() if k.endswith("/skipped_in_a_row")}
-    if any(jax.device_get(counts).values()) and not all_finite(state):
+    if any(jax.device_get(counts).values()) and not jax.jit(all_finite)(state):
       raise RunStopped(
         f"step {step}: parameters or moments hold NaN or infinity. The last checkpoint in"
         f" {self._directory} is intact: run the same command again, on another machine if it recurs"

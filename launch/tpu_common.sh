@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by tpu_vm.sh and tpu_queued.sh, which say how a TPU comes and goes: `state`, `create` and
-# `delete`, and which states are which (READY, COMING).
+# `delete`, and which states are which (READY, COMING, and GONE: taken away).
 #
 # TPU_NAME     of the TPU, as you like
 # TPU_ZONE     such as us-central2-b
@@ -25,7 +25,10 @@ ensure() {
     case " $READY $COMING " in
       *" ${now:-none} "*) ;;
       *)
-        [[ $now ]] && delete
+        if [[ $now ]]; then
+          [[ " $GONE " == *" $now "* ]] || fail "$TPU_NAME is $now: start or delete it yourself"
+          delete
+        fi
         create
         now=
         ;;
@@ -45,7 +48,10 @@ install() {
   rm -rf "$(dirname "$archive")"
   # shellcheck disable=SC2016 # expanded there
   on_all 'set -e
-    mkdir -p dimo_jax && tar -xzf dimo_jax.tgz -C dimo_jax && cd dimo_jax
+    mkdir -p dimo_jax
+    exec 9> dimo_jax/run.lock
+    flock -n 9 || exit 0 # a run goes on there, with the code that it has
+    tar -xzf dimo_jax.tgz -C dimo_jax && cd dimo_jax
     python=$(command -v python3.12 || command -v python3.11 || true)
     if [ -z "$python" ]; then
       sudo apt-get -qq update && sudo apt-get -qq install -y python3.11-venv && python=python3.11

@@ -11,6 +11,7 @@ source launch/tpu_common.sh
 
 READY=ACTIVE
 COMING="CREATING ACCEPTED PROVISIONING WAITING_FOR_RESOURCES"
+GONE="SUSPENDED FAILED"
 
 state() {
   run gcloud compute tpus queued-resources describe "$TPU_NAME" --zone="$TPU_ZONE" \

@@ -12,7 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/tpu_common.sh
 
 READY=READY
-COMING="CREATING STARTING RESTARTING REPAIRING"
+COMING="CREATING STARTING RESTARTING REPAIRING REIMAGING"
+GONE="PREEMPTED TERMINATED"
 
 state() {
   run gcloud compute tpus tpu-vm describe "$TPU_NAME" --zone="$TPU_ZONE" --format='value(state)' || true

@@ -49,7 +49,7 @@ def pytest_sessionstart():
   """With DIMO_NEED_ALL in the environment, nothing may be missing for which a test would skip."""
   if "DIMO_NEED_ALL" in os.environ:
     missing = [m for m in ("torch", "pytorch_fid") if importlib.util.find_spec(m) is None]
-    missing += [] if shutil.which("chromium") else ["chromium"]
+    missing += [command for command in ("chromium", "shellcheck") if not shutil.which(command)]
     if missing:
       pytest.exit(f"DIMO_NEED_ALL, but {', '.join(missing)} are not installed", returncode=2)
 

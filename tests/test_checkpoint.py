@@ -1,11 +1,14 @@
-"""What orbax leaves behind when it gives up on a damaged checkpoint."""
+"""Checkpoints of other versions, and what orbax leaves behind when it gives up on a damaged one."""
 
 import sys
 from collections.abc import Awaitable
 
+import jax.numpy as jnp
 import pytest
 
 from dimo_jax import checkpoint
+from dimo_jax.sharding import make_mesh
+from dimo_jax.types import UserError
 
 
 class _Never:
@@ -36,3 +39,18 @@ def test_abandoned_reads_end_without_a_traceback(coroutine, heard, monkeypatch):
   read.send(None)
   del read  # collected half way, as orbax's are
   assert len(told) == heard
+
+
+@pytest.mark.parametrize(
+  ("asked", "what"), [({"a", "b", "c"}, "lacks c"), ({"a"}, "holds b besides")]
+)
+def test_a_checkpoint_of_another_version_is_refused_and_stays(asked, what, tmp_path):
+  mesh = make_mesh(1)
+  saved = checkpoint.Checkpoints(tmp_path)
+  saved.save(3, {"a": jnp.ones(2), "b": jnp.ones(2)})
+  saved.close()
+  again = checkpoint.Checkpoints(tmp_path)
+  with pytest.raises(UserError, match=f"checkpoint {tmp_path}/3 {what}: it is of another version"):
+    again.restore(dict.fromkeys(asked, jnp.zeros(2)), mesh, ())
+  again.close()
+  assert (tmp_path / "3" / "default").exists()

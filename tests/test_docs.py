@@ -101,7 +101,7 @@ def test_an_own_divergence_has_the_gradient_of_its_closed_form(example):
 
 
 @pytest.mark.slow
-def test_the_distillation_by_hand_is_that_of_a_run(example, capsys):
+def test_the_distillation_by_hand_takes_three_different_steps(example, capsys):
   rows = example("by_hand") and capsys.readouterr().out.splitlines()
   assert len(rows) == 3
   losses = [json.loads(row.replace("'", '"'))["generator/loss"] for row in rows]

@@ -113,3 +113,19 @@ def test_a_full_disk_is_recognised_however_it_is_wrapped():
   assert disk_is_full(full) and disk_is_full(wrapped) and disk_is_full(text)
   assert not disk_is_full(OSError(errno.EACCES, "Permission denied"))
   assert not disk_is_full(None)
+
+
+def test_counts_of_before_a_resume_excuse_nothing():
+  watch = health()
+  watch.resume()
+  counts = {"generator/skipped": 3, "generator/skipped_in_a_row": 0}
+  with pytest.raises(RunStopped, match="generator/loss not finite"):
+    watch.check(1, GOOD | counts | {"generator/loss": math.nan}, "here")
+
+
+def test_a_skipped_update_excuses_only_its_own_metrics():
+  watch = health()
+  counts = {"generator/skipped": 1, "generator/skipped_in_a_row": 1}
+  bad = {"generator/loss": math.nan, "evaluation/frechet_distance": math.nan}
+  with pytest.raises(RunStopped, match="step 1: evaluation/frechet_distance not finite"):
+    watch.check(1, GOOD | counts | bad, "here", of_update=["generator/loss", *counts])

@@ -132,6 +132,12 @@ class TestTpu:
     assert verbs(calls) == ["describe", *RUN, "describe", *RUN, *again, *RUN]
     assert "restart 2, after exit code 255" in err
 
+  def test_a_tpu_that_somebody_stopped_is_left_alone(self, launch, script, ready):
+    answers = [self.look(script, "STOPPED")]
+    code, _, err, calls = launch(script, "run", *FLAGS, answers=answers, **TPU)
+    assert code == 2 and "tpu is STOPPED: start or delete it yourself" in err
+    assert verbs(calls) == ["describe"]
+
   def test_restarts_end(self, launch, script, ready):
     follow = "compute tpus tpu-vm ssh tpu --zone=zone --worker=0"
     answers = [self.look(script, ready), [follow, 75, ""]] * 2
@@ -266,9 +272,3 @@ def test_shellcheck_finds_nothing():
     ["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True, check=False
   )
   assert done.returncode == 0, done.stdout
-
-
-def test_the_launchers_hold_no_names_and_no_settings():
-  for path in LAUNCH.iterdir():
-    text = path.read_text()
-    assert "--project" not in text and "learning_rate" not in text, path

@@ -71,20 +71,29 @@ def test_an_abstract_mesh_is_the_real_one_without_devices():
     sharding.abstract_mesh(8, 3)
 
 
-def kept_bytes(experiment, network, num):
-  """What a compiled vjp returns for its backward pass, arguments and repetitions left out."""
+def kept_bytes(network, num, *arguments, **sections):
+  """What so many samples keep on one device."""
+  experiment = build(plan.without_files(small(*arguments, **sections)))
   teacher, state = plan.shapes(experiment)
   fixed, per_sample = plan.residual_bytes(experiment, state, teacher, network)
   return fixed + num * per_sample
 
 
 @pytest.mark.parametrize("network", ["generator", "fake_score"])
-def test_activations_are_the_sizes_of_what_is_kept(network, monkeypatch):
-  """A trace of so many samples and one of another number give the same line."""
-  experiment = build(plan.without_files(small("dmd2")))
-  one = kept_bytes(experiment, network, 3)
+def test_activations_do_not_depend_on_how_many_samples_are_traced(network, monkeypatch):
+  one = kept_bytes(network, 3, "dmd2")
   monkeypatch.setattr(plan, "_NUM_TRACED", 20_011)
-  assert kept_bytes(experiment, network, 3) == one
+  assert kept_bytes(network, 3, "dmd2") == one
+
+
+@pytest.mark.parametrize("network", ["generator", "fake_score"])
+def test_a_deeper_network_keeps_the_inputs_of_its_blocks(network):
+  """Counted by hand: float32 [samples, tokens and class, width] for each further block."""
+  config = small()
+  model = {"remat": "full", "scan_layers": True}
+  shallow, deep = (kept_bytes(network, 5, model=model | {"num_layers": n}) for n in (4, 7))
+  num_tokens = config.tokenizer.grid_size**2 + 1
+  assert deep - shallow == 3 * 5 * num_tokens * config.model.hidden_dim * 4
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():

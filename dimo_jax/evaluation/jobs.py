@@ -55,6 +55,7 @@ class Judge:
 
   Attributes:
     batch_size: images at once, a multiple of the number of devices.
+    interruptible: a signal stops it between two batches.
 
   Raises:
     UserError: statistics made otherwise than the protocol says, or a batch that cannot be split.
@@ -65,6 +66,7 @@ class Judge:
   inception: Inception
   mesh: jax.sharding.Mesh
   batch_size: int
+  interruptible: bool = True
 
   def __post_init__(self):
     check_batch(self.batch_size, self.mesh, "batch_size")
@@ -93,7 +95,7 @@ class Judge:
       what=what,
       state_path=state_path,
       settings=settings,
-      between_batches=STOP.raise_if_set,
+      between_batches=STOP.raise_if_set if self.interruptible else None,
     )
     features = self._reference_features()
     numbers = scoring.score(self.protocol, self.reference, features, sums)

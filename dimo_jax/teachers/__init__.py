@@ -76,12 +76,18 @@ def _edm(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> GaussianTea
       " variance-preserving networks predict the noise"
     )
   denoiser = choose(DENOISERS, config.denoiser.name, "denoiser.name")
+  fields = pick(denoiser, config.denoiser)
+  if "remat" not in fields and config.denoiser.remat != "none":
+    raise UserError(
+      f"denoiser.remat={config.denoiser.remat!r} must be 'none':"
+      f" denoiser.name={config.denoiser.name!r} keeps everything"
+    )
   model = denoiser(
     img_resolution=height,
     img_channels=channels,
     label_dim=config.data.num_classes,
     dtype=choose(_DTYPES, config.precision.compute_dtype, "precision.compute_dtype"),
-    **pick(denoiser, config.denoiser),
+    **fields,
   )
   precond = _PRECONDITIONERS[config.process.name]
   options = {"sigma_data": config.process.sigma_data} if precond is EDMPrecond else {}
