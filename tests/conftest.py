@@ -40,7 +40,7 @@ hypothesis.settings.load_profile("dimo")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
-# Seconds that the body of a test without the `slow` mark may take, fixtures not counted. Raise it
+# Seconds that the body of a test without the `slow` or `ci` mark may take, fixtures not counted. Raise it
 # on a slow machine: DIMO_TEST_LIMIT_S=60 make test.
 TEST_LIMIT_S = float(os.environ.get("DIMO_TEST_LIMIT_S", "20"))
 
@@ -56,9 +56,9 @@ def pytest_sessionstart():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-  """Fails a passed test that took longer than TEST_LIMIT_S and is not marked slow."""
+  """Fails a passed test that took longer than TEST_LIMIT_S and is not marked slow or ci."""
   report = yield
-  slow = item.get_closest_marker("slow") is not None
+  slow = any(item.get_closest_marker(name) for name in ("slow", "ci"))
   if report.when == "call" and report.passed and not slow and call.duration > TEST_LIMIT_S:
     report.outcome = "failed"
     report.longrepr = (

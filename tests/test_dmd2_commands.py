@@ -42,6 +42,7 @@ def killed(reference, tmp_path_factory):
   return saved, workdir
 
 
+@pytest.mark.ci
 def test_a_killed_run_ends_like_an_uninterrupted_one(killed, reference):
   saved, workdir = killed
   assert saved and commands.NUM_STEPS not in saved

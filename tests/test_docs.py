@@ -70,7 +70,7 @@ def test_own_teachers_are_of_both_kinds(example, objective):
     prepare.to_published(experiment.teacher, {})
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("objective", ["dimo", "dmd2"])
 def test_own_teachers_are_distilled(tmp_path_factory, tmp_path, objective):
   """One step of the student draws images of one grey; one of the teacher cannot."""
@@ -100,7 +100,7 @@ def test_an_own_divergence_has_the_gradient_of_its_closed_form(example):
   assert jnp.abs(divergence(fake, fake)).max() < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_distillation_by_hand_takes_three_different_steps(example, capsys):
   rows = example("by_hand") and capsys.readouterr().out.splitlines()
   assert len(rows) == 3
@@ -132,7 +132,7 @@ def test_a_documented_command_has_its_flags(command):
       assert (commands.ROOT / value.partition(":")[0]).is_file(), argument
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_the_notebook_runs(tmp_path_factory, tmp_path):
   """On the config that it names; its pictures are there, and the export draws the same ones."""
   notebook = nbformat.read(DOCS / "quickstart.ipynb", as_version=4)

@@ -25,6 +25,8 @@ from dimo_jax.sharding import make_mesh
 from dimo_jax.start import initial_state
 from tests import commands
 
+pytestmark = pytest.mark.ci  # two processes of JAX, started three times
+
 LOCAL = (str(commands.ROOT / "launch" / "local.sh"), "2")
 ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 TWO_DEVICES = f"{ONE_THREAD} --xla_force_host_platform_device_count=2"

@@ -93,6 +93,7 @@ def studied(tmp_path_factory):
   return first, path.read_text()
 
 
+@pytest.mark.ci
 def test_a_run_has_one_row_and_is_not_repeated(studied):
   first, again = studied
   assert first == again

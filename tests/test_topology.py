@@ -45,7 +45,10 @@ def distill(experiment, workdir):
   return train.distill(experiment, workdir, teacher, tokenizer, None)
 
 
-@pytest.fixture(scope="module", params=["dimo", pytest.param("dmd2", marks=pytest.mark.slow)])
+@pytest.fixture(
+  scope="module",
+  params=[pytest.param("dimo", marks=pytest.mark.ci), pytest.param("dmd2", marks=pytest.mark.slow)],
+)
 def runs(request, tmp_path_factory):
   """(variant, moving workdir, states at each move, workdir and state of one device)."""
   moved, stayed = (tmp_path_factory.mktemp(request.param) / name for name in ("moved", "stayed"))

@@ -36,6 +36,7 @@ def test_distance_of_pytorch_fid_as_recorded(golden, distance):
   assert distance > 0.1
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore:The `disp` argument:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Matrix is singular")
 def test_distance_of_the_installed_pytorch_fid(distance):
