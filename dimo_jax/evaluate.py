@@ -181,6 +181,9 @@ def _parser() -> argparse.ArgumentParser:
   def generated(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", help="export, workdir, teacher, or published weights")
     sub.add_argument("--best", action="store_true", help="of a workdir: the best checkpoint")
+    sub.add_argument(
+      "--field", action="append", default=[], help="as in sampling.temperature=7; may be repeated"
+    )
     sub.add_argument("--tokenizer", default="", help="decoder of tokens, where it holds none")
     sub.add_argument("--classifier_from", default="", help="own protocols: the workdir with it")
     sub.add_argument("--per_class", action="store_true", help="own protocols: also by class")
@@ -197,18 +200,11 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument("--crop", action="store_true", help="scale and crop to the protocol's size")
   network(sub)
 
-  def settings(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-      "--field", action="append", default=[], help="as in sampling.temperature=7; may be repeated"
-    )
-
   sub = job("checkpoint", _checkpoint, "Samples a network and evaluates the images.")
-  settings(sub)
   sub.add_argument("--steps", default="", help="of a teacher, as in 4,8,16")
   generated(sub)
   sub = job("sweep", _sweep, "Evaluates a network over values of a sampling setting.")
-  sub.add_argument("--field", required=True, help="such as sampling.temperature")
-  sub.add_argument("--values", required=True, help="such as 1,3,5,7")
+  sub.add_argument("--values", required=True, help="such as 1,3,5,7, of the --field without one")
   generated(sub)
   sub = job("watch", _watch, "Follows a training and evaluates each new checkpoint once.")
   sub.add_argument("--every_seconds", type=float, default=60.0, help="between two looks")
@@ -281,6 +277,10 @@ def _stats(arguments: argparse.Namespace) -> None:
   jobs.make_statistics(images, protocol, inception, mesh, arguments.out, batch_size=batch_size)
 
 
+def _fields(settings: list[str]) -> dict[str, Any]:
+  return dict(map(parse_field, settings))
+
+
 def _load(arguments: argparse.Namespace, fields: Mapping[str, Any]) -> judges.AnyGenerator:
   return judges.load_generator(
     arguments.checkpoint, best=arguments.best, tokenizer=arguments.tokenizer, fields=fields
@@ -288,7 +288,7 @@ def _load(arguments: argparse.Namespace, fields: Mapping[str, Any]) -> judges.An
 
 
 def _checkpoint(arguments: argparse.Namespace) -> None:
-  generator = _load(arguments, dict(map(parse_field, arguments.field)))
+  generator = _load(arguments, _fields(arguments.field))
   evaluate_with = _judge(arguments)
   steps = _numbers("steps", arguments.steps, int)
   generators = [generator.with_steps(number) for number in steps] or [generator]
@@ -300,12 +300,19 @@ def _sweep(arguments: argparse.Namespace) -> None:
   values = _numbers("values", arguments.values, float)
   if not values:
     raise UserError("values='' must be numbers such as 1,3,5")
+  swept = [field for field in arguments.field if "=" not in field]
+  if len(swept) != 1:
+    raise UserError(
+      f"--field: {', '.join(swept) or 'none'} without a value, where --values are of one:"
+      " --field=sampling.temperature --values=1,3,5"
+    )
+  fixed = _fields([field for field in arguments.field if "=" in field])
 
   def load(value: float) -> judges.AnyGenerator:
-    return _load(arguments, {arguments.field: value})
+    return _load(arguments, {**fixed, swept[0]: value})
 
   load(values[0])  # a mistyped field shows before anything is computed
-  judges.sweep(_judge(arguments), load, arguments.field, values, arguments.out)
+  judges.sweep(_judge(arguments), load, swept[0], values, arguments.out)
 
 
 def _watch(arguments: argparse.Namespace) -> None:
@@ -316,6 +323,7 @@ def _watch(arguments: argparse.Namespace) -> None:
     arguments.out,
     every_seconds=arguments.every_seconds,
     until=arguments.until,
+    fields=_fields(arguments.field),
   )
 
 

@@ -13,6 +13,7 @@ from dimo_jax.evaluation.generation import Generated, generate, sample_images
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.preemption import STOP
 from dimo_jax.samplers import Sampler
+from dimo_jax.sharding import fetch
 from dimo_jax.state import DistillState, NetworkState
 from dimo_jax.types import Params
 from dimo_jax.writers import Writer
@@ -109,9 +110,10 @@ def draw_pictures(
   )
   panels = {}
   for caption, sampler, network in runs:
-    panels[caption], _ = sample_images(
+    drawn, _ = sample_images(
       sampler, experiment.tokenizer, network, condition, key, experiment.mesh
     )
+    panels[caption] = fetch(drawn)
   pixels = pictures.side_by_side(panels)
   on_first(lambda: pictures.save_png(directory / f"step_{step:07d}.png", pixels))
   writer.picture(step, "samples", pixels)

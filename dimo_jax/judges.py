@@ -25,10 +25,10 @@ from dimo_jax.evaluation.statistics import class_statistics
 from dimo_jax.preemption import STOP
 from dimo_jax.recipe import Recipe
 from dimo_jax.samplers import Sampler
-from dimo_jax.sharding import check_batch, make_mesh, replicated, shard_batch
+from dimo_jax.sharding import check_batch, local_rows, make_mesh, replicated, shard_batch
 from dimo_jax.state import NetworkState
 from dimo_jax.teachers.tokenizers import Tokenizer
-from dimo_jax.types import Float, Int, UInt8, UserError
+from dimo_jax.types import Array, Float, Int, UInt8, UserError
 from dimo_jax.writers import say, write_atomically
 
 __all__ = ["Evaluate", "OwnJudge", "load_generator", "own_judge", "sweep", "watch"]
@@ -89,12 +89,11 @@ class NetworkGenerator:
       return self
     return dataclasses.replace(self, sampler=dataclasses.replace(self.sampler, num_steps=steps))
 
-  def batch(
-    self, labels: Int[np.ndarray, " b"], seed: int, start: int
-  ) -> Float[np.ndarray, "b h w c"]:
-    """Images in [-1, 1]."""
+  def batch(self, labels: Int[np.ndarray, " b"], seed: int, start: int) -> Float[Array, "b h w c"]:
+    """Images in [-1, 1], on the devices."""
     key = jax.random.fold_in(jax.random.key(seed), start // len(labels))
-    condition = {"class_id": shard_batch(labels, self.mesh)}
+    rows = local_rows(len(labels), self.mesh)
+    condition = {"class_id": shard_batch(labels[rows], self.mesh)}
     return sample_images(self.sampler, self.tokenizer, self.network, condition, key, self.mesh)[0]
 
 
@@ -333,6 +332,7 @@ def watch(
   *,
   every_seconds: float,
   until: int = 0,
+  fields: Mapping[str, Any] | None = None,
 ) -> None:
   """Evaluates every new checkpoint of a training once, and keeps a copy of the best.
 
@@ -343,27 +343,33 @@ def watch(
   Args:
     every_seconds: between two looks.
     until: returns once this step, or a later one, is evaluated; 0: never.
+    fields: other values of config fields, by dotted name.
 
   Raises:
+    UserError: no such fields, or other things than trainings there.
     Preempted: a signal came.
   """
   workdir = workdir.resolve()  # the rows name it
+  fields = dict(fields or {})
+  if (workdir / "config.json").exists():
+    Recipe.load(workdir).override(fields)  # refuses before anything is computed
   copies = out.with_name(f"{out.name}.checkpoints")
   skipped: set[int] = set()
   while True:
-    rows = _rows_of(workdir, protocol, out)
+    rows = _rows_of(workdir, protocol, out, fields)
     done = {row["step"] for row in rows}
     for step in sorted(_finished_steps(workdir) - done - skipped):
       copy = copies / str(step)
       if not _copy_checkpoint(workdir, step, copy):
         continue
       try:
-        generator = load_generator(str(copy))
+        generator = load_generator(str(copy), fields=fields)
       except UserError as error:
         say(f"watch: checkpoint {step} is skipped: {error}")
         skipped.add(step)
         continue
-      rows.append(evaluate(generator, out, {**generator.source, "checkpoint": str(workdir)}))
+      source = {**generator.source, "checkpoint": str(workdir), "fields": fields}
+      rows.append(evaluate(generator, out, source))
       _keep_best(workdir, copies, rows)
     if rows:
       _keep_best(workdir, copies, rows)
@@ -377,13 +383,16 @@ def watch(
     STOP.raise_if_set()
 
 
-def _rows_of(workdir: Path, protocol: str, out: Path) -> list[dict[str, Any]]:
+def _rows_of(
+  workdir: Path, protocol: str, out: Path, fields: Mapping[str, Any]
+) -> list[dict[str, Any]]:
   if not out.exists():
     return []
+  wanted = {"protocol": protocol, "checkpoint": str(workdir), "fields": fields}
   return [
     row
     for row in scoring.read_rows(out)
-    if row["protocol"] == protocol and row.get("checkpoint") == str(workdir) and "step" in row
+    if "step" in row and all(row.get(name) == value for name, value in wanted.items())
   ]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from dimo_jax.build import Experiment
 from dimo_jax.checkpoint import params_hash
+from dimo_jax.distributed import from_first, on_first
 from dimo_jax.evaluation import compare, jobs, scoring
 from dimo_jax.evaluation.generation import decode_images, encode_images
 from dimo_jax.evaluation.image_sets import ImageSet, SourceImages
@@ -181,9 +182,13 @@ class RunJudge:
     rows = [*self.evaluate_data(tokenizer), *self.evaluate_teacher(teacher)]
     rows.append(self.evaluate_student(state, tokenizer))
     path = self.workdir / "results.json"
-    write_atomically(path, json.dumps(rows, indent=1))
     report = self.workdir / "report.html"
-    compare.write_comparison(report, [compare.load_results(self.workdir)])
+
+    def write() -> None:
+      write_atomically(path, json.dumps(rows, indent=1))
+      compare.write_comparison(report, [compare.load_results(self.workdir)])
+
+    on_first(write)
     say(f"results: {path}\nreport: {report}")
     return rows
 
@@ -219,7 +224,7 @@ class RunJudge:
       **key,
     }
     wanted = json.loads(json.dumps(wanted))  # as it is read back
-    rows = scoring.read_rows(self._out) if self._out.exists() else []
+    rows = from_first(scoring.read_rows(self._out) if self._out.exists() else [])
     for row in rows:
       if all(row.get(name) == value for name, value in wanted.items()):
         return row

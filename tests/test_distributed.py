@@ -14,9 +14,10 @@ import pytest
 from dimo_jax import distributed
 from dimo_jax.data.pipeline import image_batches
 from dimo_jax.data.sources import load_source
+from dimo_jax.evaluation import scoring
 from dimo_jax.sharding import local_rows, make_mesh
 from dimo_jax.types import UserError
-from tests import commands
+from tests import commands, judged
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,8 @@ def seen(tmp_path_factory):
     for process in processes:
       process.kill()
   assert [process.returncode for process in processes] == [0, 0], output
-  return [json.loads(out.splitlines()[-1]) for out, _ in output]
+  found = [json.loads(out.splitlines()[-1]) for out, _ in output]
+  return [s | {"written": scoring.read_rows(folder / "judged" / "results.jsonl")} for s in found]
 
 
 def test_the_first_is_known_and_believed(seen):
@@ -72,12 +74,21 @@ def test_a_folder_that_is_not_shared_is_refused_by_all(seen):
 
 
 def test_each_feeds_its_own_rows_and_gets_its_own_slices(seen):
-  assert [s["rows"] for s in seen] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+  assert [s["local_rows"] for s in seen] == [[0, 1, 2, 3], [4, 5, 6, 7]]
   for s in seen:
     assert s["batch"] and s["fetched"]
     assert s["split"] == [2, 4]  # of [2, 8], over fsdp=2
     assert s["sum"] == 123
     assert s["draw"] == float(jax.random.uniform(jax.random.key(7)))
+
+
+def test_they_judge_as_one_process_does_and_write_once(seen, tmp_path):
+  alone = judged.evaluate(make_mesh(), tmp_path / "alone")
+  assert seen[0]["rows"] == seen[1]["rows"] == seen[0]["written"]
+  for row, expected in zip(seen[0]["rows"], alone, strict=True):
+    for name in ("fid", "inception_score", "kid", "precision", "recall"):
+      assert row[name] == pytest.approx(expected[name], rel=1e-4), name
+  assert seen[0]["rows"][0]["fid"] != pytest.approx(alone[1]["fid"], rel=0.1)
 
 
 def test_a_ctrl_c_to_one_stops_both_at_the_same_call(seen):

@@ -115,6 +115,14 @@ def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
   again = judges.load_generator(record["copy"])
   assert again.source["step"] == best["step"]
 
+  cold = {"sampling.temperature": 0.5}
+  judges.watch(
+    counted, training, "debug", out, every_seconds=0.0, until=steps[-1], fields=cold
+  )  # other rows of the same checkpoints
+  assert seen == steps * 2
+  rows = scoring.read_rows(out)[len(steps) :]
+  assert {row["sampler"]["temperature"] for row in rows} == {0.5}
+
 
 @pytest.mark.parametrize(
   ("arguments", "message"),
@@ -130,6 +138,9 @@ def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
     ("checkpoint W --protocol=debug --out=x --field=sampling.temp=1", "sampling.temp=1: no such"),
     ("sweep W --protocol=debug --out=x --field=sampling.temp --values=1", "no such field"),
     ("sweep W --protocol=debug --out=x --field=sampling.temperature --values=", "values=''"),
+    ("sweep W --protocol=debug --out=x --field=sampling.temperature=3 --values=1", "--field: none"),
+    ("sweep W --protocol=debug --out=x --values=1", "--field: none without a value"),
+    ("watch W --protocol=debug --out=x --field=sampling.temp=1", "sampling.temp=1: no such field"),
     ("stats --source=web --path=W --protocol=edm-imagenet64 --out=x", "source='web' is unknown"),
     ("stats --source=npz --path=W --protocol=edm-imagenet64 --out=x", "is no npz"),
     ("images W --protocol=edm-imagenet64", "--out"),

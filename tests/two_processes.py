@@ -11,6 +11,7 @@ import numpy as np
 from dimo_jax import distributed, sharding
 from dimo_jax.preemption import STOP
 from dimo_jax.types import UserError
+from tests import judged
 
 
 def refusal(call) -> str:
@@ -49,7 +50,7 @@ def main() -> None:
   rows = sharding.local_rows(8, mesh)
   whole = np.arange(16, dtype=np.float32).reshape(2, 8)
   batch = sharding.shard_batch({"x": whole[:, rows]}, mesh, 1)["x"]
-  seen["rows"] = rows.tolist()
+  seen["local_rows"] = rows.tolist()
   seen["batch"] = batch.shape == whole.shape and bool((sharding.fetch(batch) == whole).all())
   tree = {"split": whole, "scalar": 3, "key": jax.random.key(7)}
   placed = sharding.put(tree, sharding.state_sharding(tree, mesh))
@@ -57,6 +58,8 @@ def main() -> None:
   seen["fetched"] = bool((sharding.fetch(placed)["split"] == whole).all())
   seen["sum"] = float(jax.jit(lambda t: t["split"].sum() + t["scalar"])(placed))
   seen["draw"] = float(jax.jit(lambda t: jax.random.uniform(t["key"]))(placed))
+
+  seen["rows"] = judged.evaluate(mesh, folder / "judged")
 
   print("ready", flush=True)
   for step in range(10_000):

@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dimo_jax.distributed import on_first
 from dimo_jax.evaluation.image_sets import ImageSet
 from dimo_jax.evaluation.inception import SIDE, TAPS, Inception, InceptionV3
 from dimo_jax.evaluation.published import PublishedProtocol
 from dimo_jax.evaluation.references import SETTINGS_KEY, read_arrays, write_arrays
 from dimo_jax.evaluation.resize import resize
 from dimo_jax.evaluation.statistics import RunningScore, RunningStatistics
-from dimo_jax.sharding import replicated, shard_batch
+from dimo_jax.sharding import fetch, local_rows, put, replicated, shard_batch
 from dimo_jax.types import Array, Float, Int, Params, UInt8, UserError
 from dimo_jax.writers import clock, say
 
@@ -66,14 +67,18 @@ class Extractor:
 
   @functools.cached_property
   def _params(self) -> Params:
-    return jax.device_put(self.inception.params, replicated(self.mesh))
+    shardings = jax.tree.map(lambda _: replicated(self.mesh), self.inception.params)
+    return put(self.inception.params, shardings)
 
   def __call__(self, levels: UInt8[np.ndarray | Array, "b h w 3"]) -> dict[str, Array]:
-    """Starts the features of up to `batch_size` images; filled up to it, so it compiles once."""
-    missing = self.batch_size - len(levels)
-    if missing:
-      levels = np.concatenate([levels, np.zeros((missing, *levels.shape[1:]), np.uint8)])
-    levels = shard_batch(levels, self.mesh)
+    """Starts the features of a batch on the devices, or of up to `batch_size` images that every
+    process holds whole; filled up to it, so it compiles once.
+    """
+    if not isinstance(levels, jax.Array):
+      missing = self.batch_size - len(levels)
+      if missing:
+        levels = np.concatenate([levels, np.zeros((missing, *levels.shape[1:]), np.uint8)])
+      levels = shard_batch(levels[local_rows(self.batch_size, self.mesh)], self.mesh)
     return _features(self._params, levels, self.resize_name, self.taps)
 
 
@@ -178,6 +183,9 @@ def image_batches(images: ImageSet, num_images: int, batch_size: int) -> Batches
 
   def batches(start: int) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
     starts = list(range(start, num_images, batch_size))
+    if jax.process_count() > 1:  # a set may compute: all processes must do so in one order
+      yield from (images.read(i, min(i + batch_size, num_images)) for i in starts)
+      return
     with ThreadPoolExecutor(1) as pool:
 
       def submit(i: int) -> Any:
@@ -225,8 +233,11 @@ def accumulate(
   def collect() -> None:
     assert running is not None
     features, size = running
-    sums.add({name: np.asarray(value)[:size] for name, value in features.items()})
+    sums.add({name: value[:size] for name, value in fetch(features).items()})
     progress(sums.num)
+
+  def save() -> None:
+    on_first(lambda: sums.save(state_path, text))
 
   started = sums.num
   num_batches = 0
@@ -238,15 +249,15 @@ def accumulate(
       collect()
       num_batches += 1
       if num_batches % save_every == 0:
-        sums.save(state_path, text)
+        save()
     running = features, size
     if between_batches is not None:
       try:
         between_batches()
       except BaseException:
-        sums.save(state_path, text)
+        save()
         raise
   if running is not None:
     collect()
-  sums.save(state_path, text)
+  save()
   return sums

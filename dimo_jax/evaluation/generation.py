@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dimo_jax.samplers import Sampler
-from dimo_jax.sharding import fetch, local_rows, shard_batch
+from dimo_jax.sharding import batch_sharding, fetch, local_rows, shard_batch
 from dimo_jax.state import NetworkState
 from dimo_jax.types import Array, Condition, Float, Int, Key, Params
 
@@ -49,19 +50,23 @@ def _decode(tokenizer: Any, params: Params, encoded: Array) -> Array:
   return tokenizer.decode(params, encoded)
 
 
+def _part_size(tokenizer: Any, mesh: jax.sharding.Mesh) -> int:
+  height, width, _ = tokenizer.image_shape
+  return mesh.size * max(1, PIXELS_PER_DEVICE // (height * width))
+
+
 def _in_parts(
   call: Callable[[Any, Params, Any], Array],
   tokenizer: Any,
   params: Params,
-  inputs: Any,
+  inputs: np.ndarray,
   mesh: jax.sharding.Mesh,
 ) -> np.ndarray:
-  """`call` on as many inputs at a time as the devices have memory for."""
-  height, width, _ = tokenizer.image_shape
-  size = mesh.size * max(1, PIXELS_PER_DEVICE // (height * width))
+  """`call` on as many host inputs at a time as the devices have memory for."""
+  size = _part_size(tokenizer, mesh)
   if len(inputs) <= size:
     return fetch(call(tokenizer, params, inputs))
-  inputs, parts, rows = fetch(inputs), [], local_rows(size, mesh)
+  parts, rows = [], local_rows(size, mesh)
   for start in range(0, len(inputs), size):
     part = np.resize(inputs[start : start + size], (size, *inputs.shape[1:]))  # the last is filled
     parts.append(fetch(call(tokenizer, params, shard_batch(part[rows], mesh))))
@@ -76,10 +81,32 @@ def encode_images(
 
 
 def decode_images(
-  tokenizer: Any, params: Params, encoded: Any, mesh: jax.sharding.Mesh
+  tokenizer: Any, params: Params, encoded: np.ndarray, mesh: jax.sharding.Mesh
 ) -> Float[np.ndarray, "n h w c"]:
-  """Images of any number of what `encode_images` or a sampler makes."""
+  """Images of any number of what `encode_images` makes."""
   return _in_parts(_decode, tokenizer, params, encoded, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "mesh"))
+def _split(inputs: Array, size: int, mesh: jax.sharding.Mesh) -> list[Array]:
+  """Parts of `size` inputs, of which every device keeps those that it has; the last is filled."""
+  num_parts = -(-len(inputs) // size)
+  missing = num_parts * size - len(inputs)
+  filled = jnp.pad(inputs, [(0, missing)] + [(0, 0)] * (inputs.ndim - 1))
+  by_device = filled.reshape(mesh.size, num_parts, size // mesh.size, *inputs.shape[1:])
+  sharding = batch_sharding(mesh)
+  return [
+    jax.lax.with_sharding_constraint(part.reshape(size, *inputs.shape[1:]), sharding)
+    for part in jnp.moveaxis(by_device, 1, 0)
+  ]
+
+
+@functools.partial(jax.jit, static_argnames=("num", "mesh"))
+def _join(parts: list[Array], num: int, mesh: jax.sharding.Mesh) -> Array:
+  """Undoes `_split`."""
+  by_device = [part.reshape(mesh.size, -1, *part.shape[1:]) for part in parts]
+  joined = jnp.stack(by_device, axis=1)
+  return joined.reshape(-1, *joined.shape[3:])[:num]
 
 
 def sample_images(
@@ -89,12 +116,16 @@ def sample_images(
   condition: Condition,
   key: Key,
   mesh: jax.sharding.Mesh,
-) -> tuple[Float[np.ndarray, "b h w c"], Array]:
-  """Images for one batch, and what they were decoded from; the decoder's parameters sit in
-  `network`.
+) -> tuple[Float[Array, "b h w c"], Array]:
+  """Images of one batch, and what they were decoded from; the decoder's parameters sit in
+  `network`. Both stay on the devices, and nothing is waited for.
   """
   encoded = _sample(sampler, network, condition, key)
-  return decode_images(tokenizer, network.autoencoder, encoded, mesh), encoded
+  params, size = network.autoencoder, _part_size(tokenizer, mesh)
+  if len(encoded) <= size:
+    return _decode(tokenizer, params, encoded), encoded
+  parts = [_decode(tokenizer, params, part) for part in _split(encoded, size, mesh)]
+  return _join(parts, len(encoded), mesh), encoded
 
 
 def generate(
@@ -124,11 +155,11 @@ def generate(
     class_id = shard_batch(filled[i, rows], mesh)
     arguments = (network, {"class_id": class_id}, jax.random.fold_in(key, i), mesh)
     if i == 0:  # compile outside the timing
-      sample_images(sampler, tokenizer, *arguments)
+      jax.block_until_ready(sample_images(sampler, tokenizer, *arguments))
     began = time.perf_counter()
     batch = sample_images(sampler, tokenizer, *arguments)
+    images.append(fetch(batch[0]))
     seconds += time.perf_counter() - began
-    images.append(batch[0])
     if tokenizer.codebook_size:
       tokens.append(fetch(batch[1]))
     if between_batches is not None:

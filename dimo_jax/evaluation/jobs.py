@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dimo_jax.distributed import from_first, on_first
 from dimo_jax.evaluation import pictures, scoring
 from dimo_jax.evaluation.extraction import (
   SPATIAL_TAPS,
@@ -33,7 +34,7 @@ from dimo_jax.evaluation.references import (
   write_arrays,
 )
 from dimo_jax.preemption import STOP
-from dimo_jax.sharding import check_batch
+from dimo_jax.sharding import check_batch, fetch
 from dimo_jax.types import Array, Bool, Float, Int, UInt8, UserError
 from dimo_jax.writers import say
 
@@ -159,11 +160,14 @@ def _finish(
 ) -> None:
   """Saves the first pictures beside the results, then the row."""
   file = Path(f"{state_path.name.removesuffix('.partial.npz')}.png")
-  grid = pictures.tile(shown)
-  pictures.save_png(out.with_name(file.name), grid)
   row["pictures"] = file.name
-  scoring.append_row(out, row)
-  state_path.unlink(missing_ok=True)
+
+  def write() -> None:
+    pictures.save_png(out.with_name(file.name), pictures.tile(shown))
+    scoring.append_row(out, row)
+    state_path.unlink(missing_ok=True)
+
+  on_first(write)
   say(json.dumps(dict(row)))
 
 
@@ -233,7 +237,7 @@ class _GeneratedBatches:
 
   def _check(self, batch: tuple[int, Bool[Array, ""]] | None) -> None:
     """Looks one batch late, so that the devices are never waited for."""
-    if batch is not None and not batch[1]:
+    if batch is not None and not fetch(batch[1]):
       raise UserError(
         f"{self._generator.name}: images {batch[0]} .. {batch[0] + self._batch_size - 1} hold NaN"
         " or infinite pixels"
@@ -276,12 +280,12 @@ def evaluate_generator(
   }
   batches = _GeneratedBatches(judge.protocol, generator, judge.batch_size)
   row, state_path = judge.judge(batches, generator.name, out, full)
-  row["images_per_second"] = batches.images_per_second
+  row["images_per_second"] = from_first(batches.images_per_second)
   num = min(judge.batch_size, judge.protocol.num_images)
   labels = np.resize(judge.protocol.labels()[:num], judge.batch_size)
   first = generator.batch(labels, judge.protocol.seed, 0)
   shown, _ = _levels(first, judge.protocol)
-  _finish(out, row, state_path, np.asarray(shown)[: min(num, _NUM_PICTURES)])
+  _finish(out, row, state_path, fetch(shown)[: min(num, _NUM_PICTURES)])
   return row
 
 
