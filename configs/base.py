@@ -247,6 +247,7 @@ def get_config() -> ConfigDict:
   log.num_pictures = 40  # samples of each network in a grid
   log.evaluate_every_steps = 5000  # the one-step student; 0 is off
   log.checkpoint_every_steps = 1000  # and at every evaluation
+  log.trackers = ()  # besides TensorBoard: "wandb", "mlflow"
   log.keep_checkpoints = 2  # the newest ones, besides the best evaluated one
 
   config.evaluation = evaluation = ConfigDict()

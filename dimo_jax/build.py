@@ -23,6 +23,7 @@ from dimo_jax.state import split
 from dimo_jax.teachers import Teacher, build_teacher, build_tokenizer, pick
 from dimo_jax.teachers.network import MaskedNetwork
 from dimo_jax.teachers.tokenizers import Tokenizer
+from dimo_jax.trackers import check_trackers
 from dimo_jax.types import UserError, choose
 
 STORAGE_DTYPES = ("float32", "bfloat16")
@@ -295,6 +296,7 @@ def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   for name in ("pictures_every_steps", "evaluate_every_steps"):
     if config.log[name] < 0:
       raise UserError(f"log.{name}={config.log[name]} must not be negative; 0 is off")
+  check_trackers(config.log.trackers)
   for path, decay in (
     ("train.ema_decay", config.train.ema_decay),
     ("teacher.pretrain.ema_decay", config.teacher.pretrain.ema_decay),

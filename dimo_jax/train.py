@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from clu import parameter_overview
+from flax import traverse_util
 
 from dimo_jax import prepare
 from dimo_jax.build import Experiment
@@ -30,6 +31,7 @@ from dimo_jax.start import (
 )
 from dimo_jax.state import DistillState, NetworkState, PretrainState, all_finite, copy_tree
 from dimo_jax.step import pretrain_step
+from dimo_jax.trackers import Stage, open_trackers
 from dimo_jax.types import Metrics, Params, UserError
 from dimo_jax.writers import Writer, say
 
@@ -47,6 +49,7 @@ class Loop:
     """Opens the stage's checkpoints."""
     config = experiment.config
     self._log, self._mesh, self._rules = config.log, experiment.mesh, config.mesh.rules
+    self._settings = traverse_util.flatten_dict(config.to_dict(), sep=".")
     self._health = Health(**config.health)
     self._directory, self._name, self._num_steps = directory, name, num_steps
     self._checkpoints = Checkpoints(directory / "checkpoints", config.log.keep_checkpoints)
@@ -78,7 +81,9 @@ class Loop:
     if start:
       say(f"{self._name}: goes on from step {start}")
       self._health.resume()
-    writer = Writer(self._directory, self._name, start, self._num_steps)
+    stage = Stage(self._directory, self._name, start, self._settings)
+    trackers = open_trackers(stage, self._log.trackers)
+    writer = Writer(self._directory, self._name, start, self._num_steps, trackers)
     pending = None  # (step, metrics) of the previous iteration
     stream = batches(start)
     try:

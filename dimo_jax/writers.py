@@ -1,15 +1,16 @@
-"""What a run leaves for people: metrics.jsonl, TensorBoard, console lines."""
+"""What a run leaves for people: metrics.jsonl, console lines, and what trackers make of them."""
 
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from dimo_jax.distributed import is_first
+from dimo_jax.types import UInt8
 
 WALL_CLOCK_FIELDS = ("seconds", "steps_per_second")  # the only ones that differ between two runs
 
@@ -37,17 +38,42 @@ def read_metrics(directory: Path) -> list[dict[str, float | int]]:
   return rows
 
 
+@runtime_checkable
+class Tracker(Protocol):
+  """Follows one stage."""
+
+  def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    """Scalars of one step."""
+    ...
+
+  def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """One picture of a step."""
+    ...
+
+  def close(self) -> None:
+    """Flushes, and ends the session."""
+    ...
+
+
 class Writer:
-  """Metrics of one stage, on process 0 only.
+  """Metrics of one stage, on process 0 only; a tracker that fails is left out from there on.
 
   Opened at a restored step it first drops what an interrupted run had written beyond it, so that
   every step has exactly one row.
   """
 
-  def __init__(self, directory: Path, name: str, start_step: int, num_steps: int):
+  def __init__(
+    self,
+    directory: Path,
+    name: str,
+    start_step: int,
+    num_steps: int,
+    trackers: Sequence[Tracker] = (),
+  ):
     self._name, self._num_steps, self._start_step = name, num_steps, start_step
     self._began = time.perf_counter()
     self._first: tuple[int, float] | None = None  # (step, seconds) of the first row
+    self._trackers = list(trackers)
     self._enabled = is_first()
     if not self._enabled:
       return
@@ -56,14 +82,6 @@ class Writer:
     path = directory / "metrics.jsonl"
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
     self._rows = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-    # A bounded queue would block for ever once a full disk has killed the thread that empties it.
-    self._board = SummaryWriter(
-      str(directory / "tensorboard"),
-      purge_step=start_step + 1,
-      max_queue=0,
-      flush_secs=10,
-      filename_suffix=f".{start_step}",  # two within a second would have the same name
-    )
 
   def metrics(self, step: int, values: Mapping[str, float], *, quiet: bool = False) -> None:
     """Writes one row and, unless quiet, a console line with rate and time left."""
@@ -79,23 +97,30 @@ class Writer:
     row |= {"seconds": round(seconds, 3), "steps_per_second": round(rate, 4)}
     self._rows.write(json.dumps(row) + "\n")
     self._rows.flush()
-    for name, value in values.items():
-      self._board.add_scalar(name, float(value), step)
+    floats = {name: float(value) for name, value in values.items()}
+    self._tell(lambda tracker: tracker.metrics(step, floats))
     if not quiet:
       left = (self._num_steps - step) / rate if rate else 0.0
       shown = "  ".join(f"{k} {float(v):.4g}" for k, v in sorted(values.items()) if _shown(k))
       say(f"{self._name} {step}/{self._num_steps}  {rate:.1f} it/s  ETA {clock(left)}  {shown}")
 
-  def picture(self, step: int, name: str, image: np.ndarray) -> None:
-    """Adds a picture, uint8 [h, w, 3], to TensorBoard."""
-    if self._enabled:
-      self._board.add_image(name, image, step, dataformats="HWC")
+  def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Hands a picture to the trackers."""
+    self._tell(lambda tracker: tracker.picture(step, name, image))
 
   def close(self) -> None:
     """Flushes and closes the files."""
     if self._enabled:
       self._rows.close()
-      self._board.close()
+    self._tell(lambda tracker: tracker.close())
+
+  def _tell(self, call: Callable[[Tracker], None]) -> None:
+    for tracker in list(self._trackers):
+      try:
+        call(tracker)
+      except Exception as error:  # whatever a service answers, the training goes on
+        self._trackers.remove(tracker)
+        say(f"{self._name}: {type(tracker).__name__} gets nothing more: {error!r}")
 
 
 def _shown(name: str) -> bool:

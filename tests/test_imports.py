@@ -24,7 +24,7 @@ convert
 teachers
 distributed
 writers preemption health allocator
-cli
+cli trackers
 data
 samplers
 objectives

@@ -2,15 +2,24 @@
 
 import json
 
+import mlflow
 import numpy as np
 import pytest
+import wandb
 from tensorboardX.proto import event_pb2
 
+from dimo_jax.trackers import Stage, check_trackers, open_trackers
+from dimo_jax.types import UserError
 from dimo_jax.writers import Writer, clock, read_metrics, write_atomically
 
 
+def open_writer(directory, start, names=()):
+  stage = Stage(directory, "distill", start, {"seed": 3, "objective": "dimo"})
+  return Writer(directory, "distill", start, 100, open_trackers(stage, names))
+
+
 def write(directory, start, steps, value=1.0):
-  writer = Writer(directory, "distill", start, 100)
+  writer = open_writer(directory, start)
   for step in steps:
     writer.metrics(step, {"generator/loss": value * float(step), "generator/grad_norm": 2.0})
   writer.close()
@@ -58,7 +67,7 @@ def events(directory):
 
 def test_tensorboard_purges_what_comes_after_the_restored_step(tmp_path):
   write(tmp_path, 0, range(1, 4))
-  writer = Writer(tmp_path, "distill", 2, 100)
+  writer = open_writer(tmp_path, 2)
   writer.picture(3, "samples", np.zeros((4, 5, 3), np.uint8))
   writer.close()
   found = events(tmp_path)
@@ -67,6 +76,90 @@ def test_tensorboard_purges_what_comes_after_the_restored_step(tmp_path):
   restarts = [e.step for e in found if e.session_log.status == event_pb2.SessionLog.START]
   assert restarts[-1] == 3
   assert any(value.image.width == 5 for e in found for value in e.summary.value)
+
+
+def test_mlflow_gets_the_run_once_and_goes_on_in_it(tmp_path, monkeypatch):
+  monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlflow").as_uri())
+  monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+  monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "digits")
+  stage = tmp_path / "run" / "distill"
+  for start in (0, 2):
+    writer = open_writer(stage, start, ("mlflow",))
+    for step in (start + 1, start + 2):
+      writer.metrics(step, {"generator/loss": float(step)})
+    writer.picture(start + 2, "samples", np.zeros((4, 5, 3), np.uint8))
+    writer.close()
+  client = mlflow.MlflowClient()
+  (run,) = client.search_runs([client.get_experiment_by_name("digits").experiment_id])
+  assert run.info.run_name == "run/distill" and run.info.status == "FINISHED"
+  assert run.data.params == {"seed": "3", "objective": "dimo"}
+  history = client.get_metric_history(run.info.run_id, "generator/loss")
+  assert [(point.step, point.value) for point in history] == [(i, i) for i in (1, 2, 3, 4)]
+  files = [file.path for file in client.list_artifacts(run.info.run_id, "samples")]
+  assert files == ["samples/step_0000002.png", "samples/step_0000004.png"]
+
+
+def test_weights_and_biases_gets_the_run_and_goes_on_in_it(tmp_path, monkeypatch):
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  seen, init = [], wandb.init
+
+  def recorded(**arguments):
+    run = init(**arguments)
+    seen.append((arguments, run))
+    return run
+
+  monkeypatch.setattr(wandb, "init", recorded)
+  stage = tmp_path / "run" / "distill"
+  for start in (0, 2):
+    writer = open_writer(stage, start, ("wandb",))
+    writer.metrics(start + 1, {"generator/loss": 7.0})
+    writer.picture(start + 1, "samples", np.zeros((4, 5, 3), np.uint8))
+    assert seen[-1][1].summary["generator/loss"] == 7.0
+    assert seen[-1][1].summary["step"] == start + 1
+    writer.close()
+  (first, run), (second, again) = seen
+  assert first["id"] is None and second["id"] == run.id == again.id
+  assert first["name"] == "run/distill" and first["config"] == {"seed": 3, "objective": "dimo"}
+  assert len(list(stage.glob("wandb/offline-run-*"))) == 2
+  assert len(list(stage.glob("wandb/**/*.png"))) == 2
+
+
+def test_a_tracker_that_fails_does_not_end_the_training(tmp_path, capsys):
+  class Failing:
+    def metrics(self, step, values):
+      raise ConnectionError("gone")
+
+    def picture(self, step, name, image):
+      raise AssertionError("was left out")
+
+    def close(self):
+      raise AssertionError("was left out")
+
+  writer = Writer(tmp_path, "distill", 0, 100, [Failing()])
+  for step in (1, 2):
+    writer.metrics(step, {"generator/loss": 1.0})
+  writer.close()
+  assert capsys.readouterr().out.count("Failing gets nothing more: ConnectionError('gone')") == 1
+  assert rows(tmp_path) == [(1, 1), (2, 1)]
+
+
+def test_unknown_and_missing_trackers_are_refused(monkeypatch):
+  with pytest.raises(UserError, match=r"log\.trackers='aim' is unknown"):
+    check_trackers(("aim",))
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(UserError, match="wandb is missing: pip install wandb"):
+    check_trackers(("wandb",))
+
+
+def test_a_service_that_does_not_open_is_refused_in_one_line(tmp_path, monkeypatch):
+
+  def init(**arguments):
+    raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
+
+  monkeypatch.setattr(wandb, "init", init)
+  with pytest.raises(UserError, match="wandb does not open: No API key configured") as error:
+    open_trackers(Stage(tmp_path, "distill", 0, {}), ("wandb",))
+  assert "\n" not in str(error.value)
 
 
 def test_text_is_replaced_whole(tmp_path):
