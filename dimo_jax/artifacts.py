@@ -412,12 +412,16 @@ def load(
     return parts
   parts = dataclasses.replace(parts, recipe=parts.recipe.override(fields or {}))
   if tokenizer:
-    parts = _with_tokenizer(parts, tokenizer)
+    parts = with_tokenizer(parts, tokenizer)
   return NetworkArtifact(parts)
 
 
-def _with_tokenizer(parts: Parts, location: str) -> Parts:
-  """The same with another decoder."""
+def with_tokenizer(parts: Parts, location: str) -> Parts:
+  """The same with another decoder.
+
+  Raises:
+    UserError: something that makes no tokens, or no decoder there.
+  """
   models = parts.recipe.models(parts.name)
   if models.teacher.kind != "masked":
     raise UserError(f"--tokenizer={location!r}: {parts.name} makes images, not tokens")

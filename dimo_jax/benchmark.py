@@ -1,4 +1,6 @@
-"""Times the distillation step: `python -m dimo_jax.benchmark --config=configs/imagenet256.py`.
+"""Times the distillation step, and sampling if wanted:
+
+    python -m dimo_jax.benchmark --config=configs/imagenet256.py --sampling=1,8,64
 
 Weights are random, so nothing needs to be trained. Prints one line per phase and one JSON line with
 everything; times are medians, compilation apart.
@@ -13,19 +15,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 
 from dimo_jax import cli, prepare, start
 from dimo_jax.build import Experiment, build
+from dimo_jax.evaluation.generation import sample_images
 from dimo_jax.evaluation.report import versions
+from dimo_jax.sharding import check_batch, shard_batch
 from dimo_jax.state import DistillState, Nets, NetworkState
+from dimo_jax.types import Params
 from dimo_jax.writers import say
 
 _REPEATS = flags.DEFINE_integer("repeats", 10, "benchmark: timed runs of each phase.")
 _PEAK_SIZES = flags.DEFINE_list(
   "peak_sizes", None, "benchmark: sides of the square products that give the matmul peak."
 )
+_SAMPLING = flags.DEFINE_list(
+  "sampling", None, "benchmark: batch sizes at which generator and teacher are sampled; none."
+)
 _NUM_WARMUP = 2
+
+Row = dict[str, Any]
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -92,11 +103,67 @@ def phases(
   }
 
 
+def sampling(experiment: Experiment, params: Params, sizes: list[int], repeats: int) -> list[Row]:
+  """Latency and throughput of the generator and of its teacher, as they are decoded by default.
+
+  Args:
+    params: of the network; both have the same shapes.
+    sizes: batch sizes, multiples of the number of devices.
+
+  Returns:
+    One row for each of them and each size: model, sampler, steps, batch_size, seconds (the median
+    latency of a batch), images_per_second, decoded (whether a decoder is part of it: a tokenizer
+    that must be fitted on images is not).
+
+  Raises:
+    UserError: a batch that cannot be split over the devices.
+  """
+  for size in sizes:
+    check_batch(size, experiment.mesh, "--sampling")
+  tokenizer = experiment.tokenizer
+  decoded = tokenizer.image_shape is not None and not tokenizer.needs_images
+  decoder = tokenizer.fit(None, 0) if decoded else {}
+  network = start.teacher_state(experiment, params, decoder)
+  rows = []
+  for model, sampler in (
+    ("generator", experiment.student_sampler),
+    ("teacher", experiment.decoding),
+  ):
+    sample = jax.jit(sampler.sample)
+    for size in sizes:
+      key = jax.random.key(0)
+      condition = {"class_id": shard_batch(np.zeros(size, np.int32), experiment.mesh)}
+
+      def draw(sampler=sampler, sample=sample, condition=condition, key=key):
+        if decoded:
+          return sample_images(sampler, tokenizer, network, condition, key, experiment.mesh)
+        return sample(network, condition, key)
+
+      seconds = median_seconds(draw, repeats)
+      steps = sampler.num_steps
+      rows.append(
+        {
+          "model": model,
+          "sampler": sampler.name,
+          "steps": steps,
+          "batch_size": size,
+          "seconds": seconds,
+          "images_per_second": size / seconds,
+          "decoded": decoded,
+        }
+      )
+      what = f"{model}, {steps} step{'s' if steps > 1 else ''}, batch {size}"
+      say(f"{what:34s} {1e3 * seconds:10.1f} ms {size / seconds:10.1f} images/s")
+  return rows
+
+
 def _first(draws: Any) -> Any:
   return jax.tree.map(lambda x: x[0], draws)
 
 
-def run(experiment: Experiment, repeats: int, peak_sizes: list[int]) -> dict[str, Any]:
+def run(
+  experiment: Experiment, repeats: int, peak_sizes: list[int], sampled: list[int]
+) -> dict[str, Any]:
   """Benchmarks one config; returns what the JSON line holds.
 
   "iteration" is a generator update with all its fake-score updates; where there are several,
@@ -170,6 +237,7 @@ def run(experiment: Experiment, repeats: int, peak_sizes: list[int]) -> dict[str
     if memory  # not every backend knows
     else None,
     "peak_bytes_in_use": statistics_of_device.get("peak_bytes_in_use"),
+    "sampling": sampling(experiment, params, sampled, repeats),
   }
   say(
     f"{result['iterations_per_second']:.3f} iterations/s, {rate / 1e9:.1f} GFLOP/s,"
@@ -186,7 +254,8 @@ def dispatch() -> None:
   sizes = sizes or ([512, 1024, 2048] if on_cpu else [4096, 8192, 16384])
   config = cli.CONFIG.value
   config.teacher.path = "random"
-  say(json.dumps(run(build(config), _REPEATS.value, sizes)))
+  sampled = [int(size) for size in _SAMPLING.value or []]
+  say(json.dumps(run(build(config), _REPEATS.value, sizes, sampled)))
 
 
 if __name__ == "__main__":

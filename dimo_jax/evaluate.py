@@ -5,7 +5,6 @@ python -m dimo_jax.evaluate JOB --help
 
 import argparse
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from absl import logging
 
 from dimo_jax import cli, judges, prepare, train
 from dimo_jax.build import Experiment
+from dimo_jax.checkpoint import params_hash
 from dimo_jax.data.sources import load_source
 from dimo_jax.distributed import on_first
 from dimo_jax.evaluation import compare, jobs
@@ -30,7 +30,7 @@ from dimo_jax.hooks import evaluate_sampler, sampling_network
 from dimo_jax.recipe import parse_field
 from dimo_jax.remote import local_path
 from dimo_jax.run_judge import RunJudge
-from dimo_jax.samplers import Sampler
+from dimo_jax.samplers import Sampler, plain_settings
 from dimo_jax.sharding import make_mesh
 from dimo_jax.state import DistillState, NetworkState
 from dimo_jax.types import UserError, choose
@@ -95,10 +95,17 @@ def evaluate(
   if target is not None:
     runs.append(("teacher", target, teacher))
   runs.append(("student", experiment.student_sampler.at(int(state.clock)), student))
+  step = int(state.generator.step)
+  sources = {  # paths are relative to the workdir, which may move
+    "teacher": {"checkpoint": config.teacher.path or "teacher"},
+    "student": {"checkpoint": f"distill/checkpoints/{step}", "step": step},
+  }
   for model, sampler, network in runs:
     row: dict[str, Any] = {**evaluate_sampler(experiment, reference, sampler, network)}
     steps = sampler.num_steps
-    rows.append({"model": model, "sampler": sampler.name, "steps": steps, **row})
+    said = {"model": model, "sampler": sampler.name, "steps": steps, **sources[model]}
+    said |= {"weights_sha256": params_hash(network.all_params)}
+    rows.append(said | row | {"sampler_settings": plain_settings(sampler)})
     say(f"evaluation: {model} {sampler.name} {steps} steps: {row['frechet_distance']:.4f}")
   for row in rows:
     row["protocol"] = reference.protocol.name
@@ -106,6 +113,8 @@ def evaluate(
     row["sampling_seed"] = config.evaluation.seed
     row["classifier_accuracy"] = reference.classifier.test_accuracy
     row["classifier_sha256"] = reference.classifier.weight_hash()
+    row["statistics_sha256"] = reference.sha256
+    row["versions"] = versions()
   on_first(lambda: _write(experiment, workdir, rows, reference))
   return rows
 
@@ -165,29 +174,31 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=run)
     return sub
 
-  def network(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--protocol", required=True, help=", ".join([*PUBLISHED, *PROTOCOLS]))
+  def network(sub: argparse.ArgumentParser, *own: str) -> None:
+    sub.add_argument("--protocol", required=True, help=", ".join([*PUBLISHED, *own]))
     sub.add_argument("--inception", default="", help="weights: a path, gs://... or hf://...")
     sub.add_argument("--out", required=True, type=Path, help="file that the result goes to")
     sub.add_argument(
       "--batch_size", type=int, default=0, help="default: 32 for each device, or the training's"
     )
 
-  def judged(sub: argparse.ArgumentParser) -> None:
-    network(sub)
+  def judged(sub: argparse.ArgumentParser, *own: str) -> None:
+    network(sub, *own)
     sub.add_argument("--statistics", default="", help=".npz to compare with: a path, gs://, hf://")
     sub.add_argument("--num_images", type=int, default=0, help="another number; result says so")
 
   def generated(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("checkpoint", help="export, workdir, teacher, or published weights")
-    sub.add_argument("--best", action="store_true", help="of a workdir: the best checkpoint")
     sub.add_argument(
       "--field", action="append", default=[], help="as in sampling.temperature=7; may be repeated"
     )
     sub.add_argument("--tokenizer", default="", help="decoder of tokens, where it holds none")
     sub.add_argument("--classifier_from", default="", help="own protocols: the workdir with it")
     sub.add_argument("--per_class", action="store_true", help="own protocols: also by class")
-    judged(sub)
+    judged(sub, *PROTOCOLS)
+
+  def best(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--best", action="store_true", help="of a workdir: the best checkpoint")
 
   sub = job("images", _images, "Evaluates a folder of images, or an .npz of them.")
   sub.add_argument("images", help="folder or .npz file")
@@ -202,8 +213,10 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = job("checkpoint", _checkpoint, "Samples a network and evaluates the images.")
   sub.add_argument("--steps", default="", help="of a teacher, as in 4,8,16")
+  best(sub)
   generated(sub)
   sub = job("sweep", _sweep, "Evaluates a network over values of a sampling setting.")
+  best(sub)
   sub.add_argument("--values", required=True, help="such as 1,3,5,7, of the --field without one")
   generated(sub)
   sub = job("watch", _watch, "Follows a training and evaluates each new checkpoint once.")
@@ -235,7 +248,7 @@ def _network(arguments: argparse.Namespace) -> tuple[Inception, Any, int]:
   return inception, mesh, arguments.batch_size or 32 * mesh.size
 
 
-def _judge(arguments: argparse.Namespace) -> judges.Evaluate:
+def _judge(arguments: argparse.Namespace) -> judges.AnyJudge:
   """What evaluates a generator under any protocol."""
   if arguments.protocol not in PROTOCOLS:
     if arguments.per_class:
@@ -243,7 +256,9 @@ def _judge(arguments: argparse.Namespace) -> judges.Evaluate:
         f"--per_class is not for protocol={arguments.protocol!r}: a class has fewer images than"
         " Inception has features"
       )
-    return functools.partial(jobs.evaluate_generator, _published(arguments))
+    if arguments.classifier_from:
+      raise UserError(f"--classifier_from is not for protocol={arguments.protocol!r}")
+    return _published(arguments)
   if arguments.num_images or arguments.statistics or arguments.inception:
     raise UserError(
       f"protocol={arguments.protocol!r} has its own number of images, statistics and network"
@@ -251,7 +266,7 @@ def _judge(arguments: argparse.Namespace) -> judges.Evaluate:
   workdir = Path(arguments.classifier_from or arguments.checkpoint)
   return judges.own_judge(
     arguments.protocol, workdir, arguments.batch_size, per_class=arguments.per_class
-  ).evaluate
+  )
 
 
 def _images(arguments: argparse.Namespace) -> None:
@@ -272,6 +287,8 @@ def _stats(arguments: argparse.Namespace) -> None:
   else:
     if Path(arguments.path).is_dir() != (arguments.source == "folder"):
       raise UserError(f"path={arguments.path!r} is no {arguments.source}")
+    if size and arguments.source == "npz":
+      raise UserError("--crop is for folders and tfds; images of an .npz are taken as they are")
     images = open_images(arguments.path, size)
   inception, mesh, batch_size = _network(arguments)
   jobs.make_statistics(images, protocol, inception, mesh, arguments.out, batch_size=batch_size)
@@ -289,11 +306,11 @@ def _load(arguments: argparse.Namespace, fields: Mapping[str, Any]) -> judges.An
 
 def _checkpoint(arguments: argparse.Namespace) -> None:
   generator = _load(arguments, _fields(arguments.field))
-  evaluate_with = _judge(arguments)
+  judge = _judge(arguments)
   steps = _numbers("steps", arguments.steps, int)
   generators = [generator.with_steps(number) for number in steps] or [generator]
   for taken in generators:
-    evaluate_with(taken, arguments.out, taken.source)
+    judges.evaluate_once(judge, taken, arguments.out, taken.source)
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
@@ -319,10 +336,10 @@ def _watch(arguments: argparse.Namespace) -> None:
   judges.watch(
     _judge(arguments),
     Path(arguments.checkpoint),
-    arguments.protocol,
     arguments.out,
     every_seconds=arguments.every_seconds,
     until=arguments.until,
+    tokenizer=arguments.tokenizer,
     fields=_fields(arguments.field),
   )
 

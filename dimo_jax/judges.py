@@ -1,6 +1,7 @@
 """Whatever `artifacts` can sample, before a judge: evaluations, sweeps, a training's watch."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import time
@@ -24,17 +25,15 @@ from dimo_jax.evaluation.report import versions
 from dimo_jax.evaluation.statistics import class_statistics
 from dimo_jax.preemption import STOP
 from dimo_jax.recipe import Recipe
-from dimo_jax.samplers import Sampler
+from dimo_jax.remote import local_path
+from dimo_jax.samplers import Sampler, plain_settings
 from dimo_jax.sharding import check_batch, local_rows, make_mesh, replicated, shard_batch
 from dimo_jax.state import NetworkState
 from dimo_jax.teachers.tokenizers import Tokenizer
 from dimo_jax.types import Array, Float, Int, UInt8, UserError
 from dimo_jax.writers import say, write_atomically
 
-__all__ = ["Evaluate", "OwnJudge", "load_generator", "own_judge", "sweep", "watch"]
-
-# (generator, file of results, what identifies the weights) -> the row that was added to the file
-Evaluate = Callable[[jobs.Generator, Path, Mapping[str, Any]], dict[str, Any]]
+__all__ = ["OwnJudge", "evaluate_once", "load_generator", "own_judge", "sweep", "watch"]
 
 BEST_FILE = "best.json"  # the only file that a watch writes in a training's folder
 
@@ -70,11 +69,7 @@ class NetworkGenerator:
   @property
   def settings(self) -> dict[str, Any]:
     """The sampler's fields."""
-    assert dataclasses.is_dataclass(self.sampler)
-    plain = (bool, int, float, str, type(None), tuple, list)
-    fields = {f.name: getattr(self.sampler, f.name) for f in dataclasses.fields(self.sampler)}
-    fields = {k: v for k, v in fields.items() if isinstance(v, plain)}
-    return fields | {"name": self.sampler.name, "steps": self.sampler.num_steps}
+    return plain_settings(self.sampler)
 
   def with_steps(self, steps: int) -> "NetworkGenerator":
     """The same with another number of steps.
@@ -159,19 +154,37 @@ def load_generator(
   """
   place = Path(path)
   source: dict[str, Any] = {"checkpoint": path}
-  if (place / "distill").is_dir() and not tokenizer:
+  if tokenizer:
+    source["tokenizer"] = tokenizer
+  if (place / "distill").is_dir():
     run = artifacts.read_run(place, best=best)
     parts = run.parts()
     parts = dataclasses.replace(parts, recipe=parts.recipe.override(fields or {}))
+    if tokenizer:
+      parts = artifacts.with_tokenizer(parts, tokenizer)
     source |= {"step": run.step, "training_seed": run.recipe.config.seed}
     source |= {"teacher_sha256": run.teacher_sha256}
-    return _network_generator(artifacts.NetworkArtifact(parts), source)
+    return _network_generator(artifacts.NetworkArtifact(parts), source, fields)
   if best:
-    raise UserError("--best is for workdirs, without --tokenizer")
+    raise UserError("--best is for workdirs")
   artifact = artifacts.load(path, tokenizer=tokenizer or None, fields=fields or None)
+  source |= _of_export(path)
   if isinstance(artifact, artifacts.NetworkArtifact):
-    return _network_generator(artifact, source)
-  return ProgramGenerator(source | {"model": _model(artifact)}, artifact)
+    return _network_generator(artifact, source, fields)
+  assert isinstance(artifact, artifacts.ProgramArtifact)
+  source |= {"model": _model(artifact), "weights_sha256": params_hash(artifact.weights)}
+  program = hashlib.sha256(artifact.program.mlir_module_serialized).hexdigest()
+  return ProgramGenerator(source | {"program_sha256": program}, artifact)
+
+
+def _of_export(path: str) -> dict[str, Any]:
+  """Where an export's weights come from; empty for anything else."""
+  place = local_path(path)
+  for folder in (place, *(place / name for name in artifacts.FORMATS)):
+    if (folder / artifacts.MANIFEST).is_file():
+      manifest = json.loads((folder / artifacts.MANIFEST).read_text(encoding="utf-8"))
+      return {name: manifest[name] for name in ("step", "teacher_sha256")}
+  return {}
 
 
 def _model(artifact: artifacts.Artifact) -> str:
@@ -179,11 +192,19 @@ def _model(artifact: artifacts.Artifact) -> str:
 
 
 def _network_generator(
-  artifact: artifacts.NetworkArtifact, source: Mapping[str, Any]
+  artifact: artifacts.NetworkArtifact,
+  source: Mapping[str, Any],
+  fields: Mapping[str, Any] | None,
 ) -> NetworkGenerator:
   weights, mesh = artifact.parts.weights, make_mesh()
   network = artifact.models.teacher.frozen_state(weights["network"], weights["tokenizer"])
-  identity = {"model": _model(artifact), "weights_sha256": params_hash(weights["network"])}
+  identity = {
+    "model": _model(artifact),
+    "weights_sha256": params_hash(weights["network"]),
+    "tokenizer_sha256": params_hash(weights["tokenizer"]),
+    "compute_dtype": artifact.parts.recipe.config.precision.compute_dtype,
+    "fields": dict(fields or {}),
+  }
   return NetworkGenerator(
     source={**source, **identity},
     sampler=artifact.sampler,
@@ -211,6 +232,30 @@ class OwnJudge:
   batch_size: int
   per_class: bool = False
 
+  @property
+  def identity(self) -> dict[str, Any]:
+    """What rows of the same judge share."""
+    return {
+      "protocol": self.reference.protocol.name,
+      "classifier_sha256": self.reference.classifier.weight_hash(),
+      "statistics_sha256": self.reference.sha256,
+      "seed": self.seed,
+    }
+
+  def fitted_to(self, generator: jobs.Generator) -> "OwnJudge":
+    """Itself.
+
+    Raises:
+      UserError: images of another size than the classifier's.
+    """
+    wanted = tuple(self.reference.classifier.image_shape)
+    if generator.image_shape != wanted:
+      raise UserError(
+        f"{generator.name} has images {generator.image_shape},"
+        f" protocol={self.reference.protocol.name!r} is for {wanted}"
+      )
+    return self
+
   def evaluate(
     self, generator: jobs.Generator, out: Path, source: Mapping[str, Any]
   ) -> dict[str, Any]:
@@ -220,14 +265,8 @@ class OwnJudge:
       UserError: images of another size than the classifier's.
       Preempted: a signal came.
     """
-    protocol, classifier = self.reference.protocol, self.reference.classifier
-    labels = protocol.labels(self.labels)
-    if generator.image_shape != tuple(classifier.image_shape):
-      raise UserError(
-        f"{generator.name} has images {generator.image_shape}, protocol={protocol.name!r} is for"
-        f" {classifier.image_shape}"
-      )
-    size = min(self.batch_size, -(-len(labels) // jax.device_count()) * jax.device_count())
+    self.fitted_to(generator)
+    labels, size = self.reference.protocol.labels(self.labels), self.batch_size
     filled = np.resize(labels, -(-len(labels) // size) * size).astype(np.int32)
     generator.batch(filled[:size], self.seed, 0)  # compiles
     began = time.perf_counter()
@@ -240,16 +279,14 @@ class OwnJudge:
     rate = len(filled) / (time.perf_counter() - began)
     settings, images = dict(generator.settings), np.concatenate(batches)[: len(labels)]
     row = {
-      "protocol": protocol.name,
       **self.reference.evaluate(images, labels),
       **({"per_class": self._per_class(images, labels)} if self.per_class else {}),
       **source,
       "sampler": settings,
       "steps": settings["steps"],
-      "seed": self.seed,
+      **self.identity,
       "batch_size": size,
       "images_per_second": rate,
-      "classifier_sha256": classifier.weight_hash(),
       "versions": versions(),
     }
     scoring.append_row(out, row)
@@ -297,17 +334,45 @@ def own_judge(
   reference = protocol.reference(classifier, images, labels)
   batch_size = batch_size or config.evaluation.batch_size
   check_batch(batch_size, make_mesh(), "batch_size")
+  whole = -(-protocol.num_images // jax.device_count()) * jax.device_count()
+  batch_size = min(batch_size, whole)
   return OwnJudge(reference, labels, config.evaluation.seed, batch_size, per_class)
 
 
+AnyJudge = jobs.Judge | OwnJudge
+
+
+def evaluate_once(
+  judge: AnyJudge, generator: AnyGenerator, out: Path, source: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The row in `out` of the same weights, settings and judge, evaluated if there is none.
+
+  Args:
+    source: what identifies the weights.
+
+  Raises:
+    UserError: a generator that is not for the judge's protocol.
+    Preempted: a signal came; the same call goes on.
+  """
+  fitted = judge.fitted_to(generator)
+  key = {**fitted.identity, "batch_size": fitted.batch_size, **source}
+  row = scoring.find_row(out, key | {"sampler": dict(generator.settings)})
+  if row is not None:
+    say(f"{generator.name}: {out} has its row, distance {distance_of(row):.4f}")
+    return row
+  return judge.evaluate(generator, out, source)
+
+
 def sweep(
-  evaluate: Evaluate,
+  judge: AnyJudge,
   load: Callable[[float], AnyGenerator],
   field: str,
   values: Sequence[float],
   out: Path,
 ) -> dict[str, Any]:
   """Evaluates a network at each value of a sampling field; rows in `out`, the curve in `out`.html.
+
+  Values that have their row already are not computed again.
 
   Returns:
     The row with the lowest distance.
@@ -316,7 +381,7 @@ def sweep(
   for value in values:
     generator = load(value)
     source = {**generator.source, "sweep": {"field": field, "value": value}}
-    rows.append(evaluate(generator, out, source))
+    rows.append(evaluate_once(judge, generator, out, source))
   page = out.with_name(f"{out.name}.html")
   write_sweep(page, field, rows)
   best = min(rows, key=distance_of)
@@ -325,55 +390,60 @@ def sweep(
 
 
 def watch(
-  evaluate: Evaluate,
+  judge: AnyJudge,
   workdir: Path,
-  protocol: str,
   out: Path,
   *,
   every_seconds: float,
   until: int = 0,
+  tokenizer: str = "",
   fields: Mapping[str, Any] | None = None,
 ) -> None:
   """Evaluates every new checkpoint of a training once, and keeps a copy of the best.
 
   A checkpoint is copied first, to the folder `out`.checkpoints, and evaluated there: the training
   may delete its own meanwhile. The rows in `out` say what was done, so the same call goes on after
-  a kill. In `workdir` only `best.json` is written.
+  a kill. A checkpoint that cannot be read or evaluated is said and passed over. In `workdir` only
+  `best.json` is written.
 
   Args:
     every_seconds: between two looks.
     until: returns once this step, or a later one, is evaluated; 0: never.
+    tokenizer: a decoder of tokens, where the training has none.
     fields: other values of config fields, by dotted name.
 
   Raises:
-    UserError: no such fields, or other things than trainings there.
+    UserError: no such fields, no training there, or one that is not for the judge's protocol.
     Preempted: a signal came.
   """
   workdir = workdir.resolve()  # the rows name it
   fields = dict(fields or {})
   if (workdir / "config.json").exists():
     Recipe.load(workdir).override(fields)  # refuses before anything is computed
+  watched = {"checkpoint": str(workdir), "fields": fields, "tokenizer": tokenizer or None}
   copies = out.with_name(f"{out.name}.checkpoints")
   skipped: set[int] = set()
   while True:
-    rows = _rows_of(workdir, protocol, out, fields)
+    rows = _rows_of(out, {**judge.identity, **watched})
     done = {row["step"] for row in rows}
     for step in sorted(_finished_steps(workdir) - done - skipped):
       copy = copies / str(step)
       if not _copy_checkpoint(workdir, step, copy):
         continue
+      generator = None
       try:
-        generator = load_generator(str(copy), fields=fields)
+        generator = load_generator(str(copy), tokenizer=tokenizer, fields=fields)
+        rows.append(judge.evaluate(generator, out, {**generator.source, **watched}))
       except UserError as error:
+        if generator is not None:
+          judge.fitted_to(generator)  # raises where no checkpoint will ever do
         say(f"watch: checkpoint {step} is skipped: {error}")
         skipped.add(step)
         continue
-      source = {**generator.source, "checkpoint": str(workdir), "fields": fields}
-      rows.append(evaluate(generator, out, source))
       _keep_best(workdir, copies, rows)
     if rows:
       _keep_best(workdir, copies, rows)
-    if until and any(row["step"] >= until for row in rows):
+    if until and any(step >= until for step in skipped.union(row["step"] for row in rows)):
       return
     waited = 0.0
     while waited < every_seconds:
@@ -383,12 +453,10 @@ def watch(
     STOP.raise_if_set()
 
 
-def _rows_of(
-  workdir: Path, protocol: str, out: Path, fields: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+def _rows_of(out: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
   if not out.exists():
     return []
-  wanted = {"protocol": protocol, "checkpoint": str(workdir), "fields": fields}
+  wanted = json.loads(json.dumps(dict(wanted)))  # as it is read back
   return [
     row
     for row in scoring.read_rows(out)
@@ -411,17 +479,25 @@ def _copy_checkpoint(workdir: Path, step: int, copy: Path) -> bool:
   checkpoint = Path("distill", "checkpoints", str(step))
   try:
     shutil.copytree(workdir / checkpoint, temporary / checkpoint)
+    whole = _files(workdir / checkpoint) == _files(temporary / checkpoint)
     for path in (Path("config.json"), Path("distill", "record.json")):
       shutil.copy2(workdir / path, temporary / path)
     if (workdir / "tokenizer").is_dir():
       shutil.copytree(workdir / "tokenizer", temporary / "tokenizer")
   except (FileNotFoundError, shutil.Error) as error:
-    if (workdir / checkpoint).is_dir():
-      raise UserError(f"{workdir} is no training's workdir: {error}") from error
+    for path in (workdir / "config.json", workdir / "distill" / "record.json"):
+      if not path.exists():
+        raise UserError(f"{workdir} is no training's workdir: it has no {path.name}") from error
+    whole = False
+  if whole:
+    temporary.rename(copy)
+  else:
     shutil.rmtree(temporary, ignore_errors=True)
-    return False
-  temporary.rename(copy)
-  return True
+  return whole
+
+
+def _files(folder: Path) -> set[Path]:
+  return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
 def _keep_best(workdir: Path, copies: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from dimo_jax.build import Experiment
 from dimo_jax.checkpoint import params_hash
-from dimo_jax.distributed import from_first, on_first
+from dimo_jax.distributed import on_first
 from dimo_jax.evaluation import compare, jobs, scoring
 from dimo_jax.evaluation.generation import decode_images, encode_images
 from dimo_jax.evaluation.image_sets import ImageSet, SourceImages
@@ -199,6 +199,7 @@ class RunJudge:
     identity = {
       "model": source["model"],
       "weights_sha256": params_hash(network.all_params),
+      "tokenizer_sha256": params_hash(network.autoencoder),
       "compute_dtype": experiment.config.precision.compute_dtype,
       "batch_size": self.judge.batch_size,
     }
@@ -211,23 +212,15 @@ class RunJudge:
       mesh=experiment.mesh,
     )
     return self._once(
-      {**identity, "sampler": generator.settings, "departures": self.judge.protocol.departures()},
+      {**identity, "sampler": generator.settings},
       lambda: jobs.evaluate_generator(self.judge, generator, self._out, generator.source),
     )
 
   def _once(self, key: Mapping[str, Any], evaluate: Callable[[], Row]) -> Row:
     """The row that has all of `key`, made if there is none."""
-    wanted = {
-      "protocol": self.judge.protocol.name,
-      "statistics_sha256": self.judge.reference.sha256,
-      "inception_sha256": self.judge.inception.sha256,
-      **key,
-    }
-    wanted = json.loads(json.dumps(wanted))  # as it is read back
-    rows = from_first(scoring.read_rows(self._out) if self._out.exists() else [])
-    for row in rows:
-      if all(row.get(name) == value for name, value in wanted.items()):
-        return row
+    found = scoring.find_row(self._out, {**self.judge.identity, **key})
+    if found is not None:
+      return found
     row = evaluate()
     say(f"evaluation: {row['model']}, {row['steps']} steps: FID {row['fid']:.4f}")
     return row

@@ -88,6 +88,10 @@ def jit_distill_step(
   `num_rounds` stops it after so many fake-score rounds.
   """
   train = experiment.config.train
+  # XLA's CPU compiler brings convolutions into the form of its fast kernels outside of loops only:
+  # their gradients took 20 times as long inside one. Kernels of convolutions have four axes.
+  convolves = any(len(x.shape) == 4 for x in jax.tree.leaves(state.fake_score.params))
+  unroll = convolves and experiment.mesh.devices.flat[0].platform == "cpu"
   return jit_step(
     functools.partial(
       distill_step,
@@ -95,6 +99,7 @@ def jit_distill_step(
       train.ema_decay,
       train.ema_every_steps,
       num_rounds=num_rounds,
+      unroll=unroll,
     ),
     experiment.mesh,
     state,

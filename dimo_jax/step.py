@@ -63,6 +63,7 @@ def distill_step(
   base_key: Key,
   *,
   num_rounds: int | None = None,
+  unroll: bool = False,
 ) -> tuple[DistillState, Metrics]:
   """One iteration: a generator update, then `objective.fake_rounds` fake-score updates.
 
@@ -75,6 +76,7 @@ def distill_step(
     batch: {"generator": [accumulation, b, ...], "fake_score": [rounds, accumulation, b, ...]}.
     base_key: the run's key; an update's is `fold_in(base_key, clock)`.
     num_rounds: stop after so many fake-score rounds (a replay may end inside an iteration).
+    unroll: write rounds and micro-batches out instead of looping: longer to compile.
   """
   num_rounds = objective.fake_rounds if num_rounds is None else num_rounds
   before = state.generator.params
@@ -90,7 +92,7 @@ def distill_step(
     return objective.generator_loss(params, nets, batch, draws, extra)
 
   grads, extra, (samples, metrics) = _accumulate(
-    generator_loss, before, (batch["generator"], draws), state.extra
+    generator_loss, before, (batch["generator"], draws), state.extra, unroll
   )
   metrics = metrics | {"generator/grad_norm": optax.tree.norm(grads)}
   sound = all_finite((metrics, extra))
@@ -114,7 +116,7 @@ def distill_step(
       return loss, (None, metrics, extra)
 
     grads, extra, (_, metrics) = _accumulate(
-      fake_score_loss, state.fake_score.params, (round_batch, draws, reused), state.extra
+      fake_score_loss, state.fake_score.params, (round_batch, draws, reused), state.extra, unroll
     )
     metrics = metrics | {"fake_score/grad_norm": optax.tree.norm(grads)}
     sound = all_finite((metrics, extra))
@@ -127,7 +129,7 @@ def distill_step(
   rest = jax.tree.map(lambda x: x[1:num_rounds], batch["fake_score"])
   state, fake_metrics = fake_round(state, first, samples if objective.reuse_samples else None)
   if num_rounds > 1:
-    state, more = jax.lax.scan(fake_round, state, rest)
+    state, more = jax.lax.scan(fake_round, state, rest, unroll=unroll)
     fake_metrics = jax.tree.map(
       lambda one, many: (one + jnp.sum(many)) / num_rounds, fake_metrics, more
     )
@@ -135,7 +137,7 @@ def distill_step(
   return state, metrics | fake_metrics
 
 
-def _accumulate(loss_fn, params: Params, micro_batches: Any, extra: Any):
+def _accumulate(loss_fn, params: Params, micro_batches: Any, extra: Any, unroll: bool):
   """Mean gradient and metrics over the leading axis: (gradient, extra, (samples, metrics)).
 
   `loss_fn(params, micro_batch, extra) -> loss, (samples, metrics, extra)`; the samples keep the
@@ -156,7 +158,8 @@ def _accumulate(loss_fn, params: Params, micro_batches: Any, extra: Any):
     )
     return grads, extra, (jax.tree.map(lambda x: x[None], samples), metrics)
   zero = jax.tree.map(jnp.zeros_like, params)
-  (total, extra), (samples, metrics) = jax.lax.scan(one, (zero, extra), micro_batches)
+  carry, (samples, metrics) = jax.lax.scan(one, (zero, extra), micro_batches, unroll=unroll)
+  total, extra = carry
   mean = jax.tree.map(lambda x: x / num, total)
   return mean, extra, (samples, jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics))
 

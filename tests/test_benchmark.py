@@ -49,6 +49,7 @@ def test_flops_of_a_transformer_are_those_of_its_products():
 def printed():
   """Standard output of the command on the smallest config."""
   arguments = ["--config=configs/debug.py", "--repeats=2", "--peak_sizes=64"]
+  arguments.append("--sampling=8,16")
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   out = io.StringIO()
@@ -75,4 +76,14 @@ def test_the_command_prints_phases_and_one_json_line(printed):
   )
   assert result["iterations_per_second"] == pytest.approx(1 / result["seconds"]["iteration"])
   assert result["compile_seconds"] > 0 and result["program_bytes"]["arguments"] > 0
-  assert len(lines) >= 5
+  rows = result["sampling"]
+  assert [(row["model"], row["steps"], row["batch_size"]) for row in rows] == [
+    ("generator", 1, 8),
+    ("generator", 1, 16),
+    ("teacher", 4, 8),
+    ("teacher", 4, 16),
+  ]
+  for row in rows:
+    assert row["images_per_second"] == pytest.approx(row["batch_size"] / row["seconds"])
+    assert not row["decoded"]  # its tokenizer is fitted on images
+  assert len(lines) >= 5 + len(rows)

@@ -1,5 +1,6 @@
 """Sweeps, a training's watch, and the command line, on a tiny trained workdir."""
 
+import dataclasses
 import json
 import shutil
 
@@ -70,6 +71,89 @@ def test_a_sweep_finds_its_best_point(workdir, checkpoint_row, tmp_path):
   assert f"<b>{[own, 9][int(np.argmin(distances))]:g}</b>" in page and page.count("<svg") >= 2
 
 
+def test_what_has_its_row_is_not_computed_again(workdir, tmp_path, monkeypatch):
+  out = tmp_path / "results.jsonl"
+  options = ("--protocol=debug", f"--out={out}", "--field=sampling.temperature")
+  run("sweep", workdir, *options, "--values=2")
+  run("sweep", workdir, *options, "--values=2,3")
+  assert [row["sweep"]["value"] for row in scoring.read_rows(out)] == [2, 3]
+  run("sweep", workdir, *options, "--values=2,3", "--batch_size=32")  # other draws
+  assert [row["sweep"]["value"] for row in scoring.read_rows(out)] == [2, 3, 2, 3]
+  run("checkpoint", workdir, *options[:2])
+  run("checkpoint", workdir, *options[:2])
+  run("checkpoint", workdir, *options[:2], "--best")
+  rows = scoring.read_rows(out)[4:]
+  steps = commands.checkpoint_steps(workdir / "distill")
+  assert [row["step"] for row in rows] in ([steps[-1]], [steps[-1], steps[-2]])
+
+
+def test_a_watch_goes_on_after_a_checkpoint_that_cannot_be_evaluated(workdir, tmp_path, capsys):
+  training, out = tmp_path / "training", tmp_path / "results.jsonl"
+  shutil.copytree(workdir, training)
+  steps = commands.checkpoint_steps(training / "distill")
+  judge, seen = counted(judges.own_judge("debug", training), fails_at=steps[0])
+  judges.watch(judge, training, out, every_seconds=0.0, until=steps[-1])
+  assert seen == steps and [row["step"] for row in scoring.read_rows(out)] == steps[1:]
+  assert f"checkpoint {steps[0]} is skipped: images hold NaN" in capsys.readouterr().out
+
+
+def test_a_watch_looks_again_where_files_vanish_as_they_are_copied(workdir, tmp_path, monkeypatch):
+  training, out = tmp_path / "training", tmp_path / "results.jsonl"
+  shutil.copytree(workdir, training)
+  steps = commands.checkpoint_steps(training / "distill")
+  judge, seen = counted(judges.own_judge("debug", training))
+  copytree, checkpoint = shutil.copytree, training / "distill" / "checkpoints" / str(steps[0])
+  taken = []
+
+  def vanishing(source, target, *options):
+    copytree(source, target, *options)
+    if source == checkpoint and not taken:  # a file that was deleted before it was copied
+      taken.append(next(path for path in target.rglob("*") if path.is_file()))
+      taken[0].unlink()
+
+  monkeypatch.setattr(shutil, "copytree", vanishing)
+  judges.watch(judge, training, out, every_seconds=0.0, until=steps[-1])
+  assert seen == steps[1:]
+  judges.watch(judge, training, out, every_seconds=0.0, until=steps[-1])
+  assert seen == [*steps[1:], steps[0]]
+
+
+def test_a_watch_refuses_what_is_no_training(workdir, tmp_path):
+  training, out = tmp_path / "training", tmp_path / "results.jsonl"
+  shutil.copytree(workdir, training)
+  judge, _ = counted(judges.own_judge("debug", training))
+  (training / "distill" / "record.json").unlink()
+  with pytest.raises(UserError, match=r"is no training's workdir: it has no record\.json"):
+    judges.watch(judge, training, out, every_seconds=0.0, until=1)
+
+
+def test_another_judge_makes_other_rows(workdir, tmp_path):
+  out = tmp_path / "results.jsonl"
+  judge, seen = counted(judges.own_judge("debug", workdir))
+  other, also_seen = counted(dataclasses.replace(judge, seed=judge.seed + 1))
+  steps = commands.checkpoint_steps(workdir / "distill")
+  training = tmp_path / "training"
+  shutil.copytree(workdir, training)
+  judges.watch(judge, training, out, every_seconds=0.0, until=steps[-1])
+  judges.watch(other, training, out, every_seconds=0.0, until=steps[-1])
+  assert seen == steps and also_seen == steps
+
+
+def counted(judge, fails_at=None):
+  """(the judge, the steps that it is asked to evaluate)."""
+  seen = []
+
+  class Counted(judges.OwnJudge):
+    def evaluate(self, generator, out, source):
+      seen.append(source["step"])
+      if source["step"] == fails_at:
+        raise UserError("images hold NaN")
+      return super().evaluate(generator, out, source)
+
+  fields = dataclasses.fields(judges.OwnJudge)
+  return Counted(**{field.name: getattr(judge, field.name) for field in fields}), seen
+
+
 def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
   training, out = tmp_path / "training", tmp_path / "watch" / "results.jsonl"
   shutil.copytree(workdir, training)
@@ -82,15 +166,10 @@ def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
   largest = max(damaged.rglob("*"), key=lambda path: path.stat().st_size)
   largest.write_bytes(b"x" * largest.stat().st_size)
   before = {p: p.stat().st_mtime_ns for p in training.rglob("*") if p.is_file()}
-  seen = []
-  judge = judges.own_judge("debug", training)
+  judge, seen = counted(judges.own_judge("debug", training))
 
-  def counted(generator, path, source):
-    seen.append(source["step"])
-    return judge.evaluate(generator, path, source)
-
-  def look(until):
-    judges.watch(counted, training, "debug", out, every_seconds=0.0, until=until)
+  def look(until, **options):
+    judges.watch(judge, training, out, every_seconds=0.0, until=until, **options)
 
   shutil.move(folder / str(steps[-1]), tmp_path / "later")
   look(steps[-2])
@@ -115,10 +194,7 @@ def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
   again = judges.load_generator(record["copy"])
   assert again.source["step"] == best["step"]
 
-  cold = {"sampling.temperature": 0.5}
-  judges.watch(
-    counted, training, "debug", out, every_seconds=0.0, until=steps[-1], fields=cold
-  )  # other rows of the same checkpoints
+  look(steps[-1], fields={"sampling.temperature": 0.5})  # other rows of the same checkpoints
   assert seen == steps * 2
   rows = scoring.read_rows(out)[len(steps) :]
   assert {row["sampler"]["temperature"] for row in rows} == {0.5}

@@ -42,11 +42,13 @@ class Results:
     name: what the page calls it.
     rows: as they were written.
     grids: PNG files with captions.
+    drawn: of every grid which classes and seeds it shows, None where that is not known.
   """
 
   name: str
   rows: Sequence[Mapping[str, Any]]
   grids: Sequence[tuple[Path, str]]
+  drawn: Sequence[str | None]
 
 
 def load_results(path: str | os.PathLike) -> Results:
@@ -58,19 +60,19 @@ def load_results(path: str | os.PathLike) -> Results:
   path = Path(path)
   if not path.is_dir():
     rows = read_rows(path)
-    grids = [
-      (path.with_name(row["pictures"]), f"{path.stem}: {_model(row)}")
-      for row in rows
-      if row.get("pictures")
-    ]
-    return Results(path.stem, rows, grids)
+    shown = [row for row in rows if row.get("pictures")]
+    grids = [(path.with_name(row["pictures"]), f"{path.stem}: {_model(row)}") for row in shown]
+    drawn = [f"{row['protocol']} {row['seed']}" if "seed" in row else None for row in shown]
+    return Results(path.stem, rows, grids, drawn)
   try:
     rows = json.loads((path / "results.json").read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:
     raise UserError(f"{path} has no readable results.json: {error}") from error
   last = sorted((path / "distill" / "pictures").glob("step_*.png"))[-1:]
   grids = [(file, f"{path.name}: after {int(file.stem[5:])} updates") for file in last]
-  return Results(path.name, rows, grids)
+  seeds = {row.get("sampling_seed") for row in rows}
+  same = f"all classes {seeds.pop()}" if len(seeds) == 1 and None not in seeds else None
+  return Results(path.name, rows, grids, [same] * len(grids))
 
 
 def write_comparison(path: Path, results: Sequence[Results]) -> None:
@@ -86,6 +88,7 @@ def write_comparison(path: Path, results: Sequence[Results]) -> None:
   for result in results:
     for row in result.rows:
       groups.setdefault(_group(row), []).append(_comparable(result.name, row))
+  all_drawn = [drawn for result in results for drawn in result.drawn]
   html = report.page(
     _BODY,
     title="Comparison: " + ", ".join(names),
@@ -96,6 +99,7 @@ def write_comparison(path: Path, results: Sequence[Results]) -> None:
       for result in results
       for image, caption in result.grids
     ],
+    same_draws=len({drawn or i for i, drawn in enumerate(all_drawn)}) == 1,
     versions=report.versions(),
   )
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,14 +165,19 @@ def _section(title: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "is_best": row is best,
         "distance": f"{row['frechet_distance']:.3f}",
         "interval": "-" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}",
-        "cells": [
-          "-" if row.get(key) is None else format(row[key], spec) for key, _, spec, _ in columns
-        ],
+        "cells": [_cell(row, key, spec) for key, _, spec, _ in columns],
       }
       for row in sorted(rows, key=lambda row: (row["name"], row["label"], row["steps"]))
     ],
     "plots": report.quality_plots([*drawn, *(row for row in rows if row["model"] == "real")]),
   }
+
+
+def _cell(row: Mapping[str, Any], key: str, spec: str) -> str:
+  if row.get(key) is None:
+    return "-"
+  spread = row.get(f"{key}_std")
+  return format(row[key], spec) + ("" if spread is None else f" ± {spread:{spec}}")
 
 
 def distance_of(row: Mapping[str, Any]) -> float:
@@ -260,9 +269,11 @@ _BODY = """<h1>{{ title }}</h1>
 </section>
 {% endfor %}
 <p class="soft below">Distance: Fréchet distance to the reference; lower is better. Its interval is
-a bootstrap over the draw of the generated images; numbers of two tables are not comparable.</p>
+a bootstrap over the draw of the generated images; ± is the standard deviation over the score's
+splits or the kernel distance's subsets; the other numbers have no interval. Numbers of two tables
+are not comparable.</p>
 {% if pictures %}
-<h2>Samples: same seeds and classes</h2>
+<h2>Samples{{ ": same seeds and classes" if same_draws }}</h2>
 {{ shown(pictures) }}
 {% endif %}
 {{ meanings(columns) }}

@@ -25,7 +25,7 @@ from dimo_jax.evaluation.published import PublishedProtocol
 from dimo_jax.evaluation.references import SETTINGS_KEY, read_arrays, write_arrays
 from dimo_jax.evaluation.resize import resize
 from dimo_jax.evaluation.statistics import RunningScore, RunningStatistics
-from dimo_jax.sharding import fetch, local_rows, put, replicated, shard_batch
+from dimo_jax.sharding import batch_sharding, fetch, local_rows, put, replicated, shard_batch
 from dimo_jax.types import Array, Float, Int, Params, UInt8, UserError
 from dimo_jax.writers import clock, say
 
@@ -79,6 +79,7 @@ class Extractor:
       if missing:
         levels = np.concatenate([levels, np.zeros((missing, *levels.shape[1:]), np.uint8)])
       levels = shard_batch(levels[local_rows(self.batch_size, self.mesh)], self.mesh)
+    levels = jax.device_put(levels, batch_sharding(self.mesh))
     return _features(self._params, levels, self.resize_name, self.taps)
 
 

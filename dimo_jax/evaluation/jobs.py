@@ -41,7 +41,6 @@ from dimo_jax.writers import say
 __all__ = [
   "Generator",
   "Judge",
-  "check_generator",
   "evaluate_generator",
   "evaluate_images",
   "make_statistics",
@@ -71,7 +70,44 @@ class Judge:
 
   def __post_init__(self):
     check_batch(self.batch_size, self.mesh, "batch_size")
-    self.reference.check(resize=self.protocol.resize, inception_sha256=self.inception.sha256)
+    self.reference.check(
+      image_size=self.protocol.image_size,
+      resize=self.protocol.resize,
+      inception_sha256=self.inception.sha256,
+    )
+
+  @property
+  def identity(self) -> dict[str, Any]:
+    """What rows of the same judge share."""
+    return {
+      "protocol": self.protocol.name,
+      "departures": self.protocol.departures(),
+      "statistics_sha256": self.reference.sha256,
+      "inception_sha256": self.inception.sha256,
+    }
+
+  def fitted_to(self, generator: "Generator") -> "Judge":
+    """The judge that rounds as the generator does.
+
+    Raises:
+      UserError: images of another size or classes than the protocol's.
+    """
+    check_size(self.protocol, generator.image_shape or (), generator.name)
+    if generator.num_classes != self.protocol.num_classes:
+      raise UserError(
+        f"{generator.name} has {generator.num_classes} classes, protocol={self.protocol.name!r} has"
+        f" {self.protocol.num_classes}"
+      )
+    if generator.rounding is None:
+      return self
+    protocol = dataclasses.replace(self.protocol, rounding=generator.rounding)
+    return dataclasses.replace(self, protocol=protocol)
+
+  def evaluate(
+    self, generator: "Generator", out: Path, source: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """`evaluate_generator` with this judge."""
+    return evaluate_generator(self, generator, out, source)
 
   def judge(
     self, batches: Batches, what: str, out: Path, source: Mapping[str, Any]
@@ -266,10 +302,7 @@ def evaluate_generator(
     UserError: images of another size or classes than the protocol's; pixels that are not finite.
     Preempted: a signal came; the same call goes on.
   """
-  if generator.rounding is not None:
-    protocol = dataclasses.replace(judge.protocol, rounding=generator.rounding)
-    judge = dataclasses.replace(judge, protocol=protocol)
-  check_generator(judge.protocol, generator)
+  judge = judge.fitted_to(generator)
   settings = dict(generator.settings)
   full = {
     **source,
@@ -287,16 +320,6 @@ def evaluate_generator(
   shown, _ = _levels(first, judge.protocol)
   _finish(out, row, state_path, fetch(shown)[: min(num, _NUM_PICTURES)])
   return row
-
-
-def check_generator(protocol: PublishedProtocol, generator: Generator) -> None:
-  """Raises UserError where a generator's images or classes are not those of the protocol."""
-  check_size(protocol, generator.image_shape or (), generator.name)
-  if generator.num_classes != protocol.num_classes:
-    raise UserError(
-      f"{generator.name} has {generator.num_classes} classes, protocol={protocol.name!r} has"
-      f" {protocol.num_classes}"
-    )
 
 
 def make_statistics(
@@ -324,6 +347,7 @@ def make_statistics(
   whole = dataclasses.replace(protocol, num_images=len(images))
   settings = {
     "protocol": protocol.name,
+    "image_size": protocol.image_size,
     "resize": protocol.resize,
     "inception_sha256": inception.sha256,
     "images": images.name,

@@ -6,6 +6,7 @@ report `Classifier.weight_hash()` beside every number.
 """
 
 import dataclasses
+import hashlib
 
 import numpy as np
 
@@ -87,6 +88,11 @@ class Reference:
   features: Float[np.ndarray, "m f"]
   statistics: metrics.FeatureStatistics
 
+  @property
+  def sha256(self) -> str:
+    """Of the reference features."""
+    return hashlib.sha256(self.features.tobytes()).hexdigest()
+
   def evaluate(
     self,
     images: np.ndarray | Array,
@@ -105,9 +111,10 @@ class Reference:
     Returns:
       frechet_distance; frechet_distance_low and _high (its 95 % interval over the draw of the
       images, see `metrics.frechet_interval`); frechet_distance_normalized (by the trace of the
-      reference covariance, comparable across feature networks); class_agreement, precision and
-      recall in [0, 1]; token_entropy (nats; None without tokens); nearest_distance (median over
-      images of the Euclidean pixel distance to the nearest reference image, pixels in [-1, 1]);
+      reference covariance, comparable across feature networks); class_agreement, precision,
+      recall, coverage and authenticity in [0, 1]; density; token_entropy (nats; None without
+      tokens); nearest_distance (median over images of the Euclidean pixel distance to the nearest
+      reference image, pixels in [-1, 1]);
       num_distinct (different images after rounding); num_images.
 
     Raises:
@@ -127,8 +134,8 @@ class Reference:
       "frechet_distance_high": interval.high if interval else None,
       "frechet_distance_normalized": frechet_distance / float(np.trace(self.statistics.covariance)),
       "class_agreement": metrics.class_agreement(logits, labels),
-      "precision": neighbors.precision,
-      "recall": neighbors.recall,
+      **neighbors._asdict(),
+      "authenticity": metrics.authenticity(self.features, image_features),
       "token_entropy": entropy,
       "nearest_distance": float(np.median(metrics.nearest_distances(images, self.images))),
       "num_distinct": metrics.num_distinct(images),

@@ -36,7 +36,8 @@ class ReferenceFile:
     spatial: of the spatial features, where there are any.
     features: kept rows of the 2048 features; None in published files.
     has_images: whether there are images under `arr_0`, from which features can be made.
-    settings: how a file of ours was made (`resize`, `inception_sha256`, ...); empty for others.
+    settings: how a file of ours was made (`image_size`, `resize`, `inception_sha256`, ...); empty
+      for others.
   """
 
   path: Path
@@ -47,9 +48,9 @@ class ReferenceFile:
   has_images: bool
   settings: Mapping[str, Any]
 
-  def check(self, *, resize: str, inception_sha256: str) -> None:
-    """Raises UserError where a file of ours was made otherwise."""
-    for name, wanted in (("resize", resize), ("inception_sha256", inception_sha256)):
+  def check(self, **wanted_settings: Any) -> None:
+    """Raises UserError where a file of ours was made with other settings than these."""
+    for name, wanted in wanted_settings.items():
       if self.settings.get(name, wanted) != wanted:
         raise UserError(
           f"statistics={str(self.path)!r} were made with {name}={self.settings[name]!r}; this"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dimo_jax.distributed import from_first
 from dimo_jax.evaluation import metrics
 from dimo_jax.evaluation.extraction import FeatureSums
 from dimo_jax.evaluation.inception import Inception
@@ -16,7 +17,7 @@ from dimo_jax.evaluation.report import versions
 from dimo_jax.types import Float, UserError
 from dimo_jax.writers import write_atomically
 
-__all__ = ["append_row", "read_rows", "result_row", "score"]
+__all__ = ["append_row", "find_row", "read_rows", "result_row", "score"]
 
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 
@@ -126,6 +127,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
       raise UserError(f"{path}, line {i}, is no result of `evaluate`")
     rows.append(row)
   return rows
+
+
+def find_row(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+  """The last row of a file of results that has all of `wanted`, if there is one."""
+  wanted = json.loads(json.dumps(dict(wanted)))  # as it is read back
+  rows = from_first(read_rows(path) if path.exists() else [])
+  found = (row for row in reversed(rows) if all(row.get(k) == v for k, v in wanted.items()))
+  return next(found, None)
 
 
 def too_few(protocol: PublishedProtocol, num: int, what: str) -> None:
