@@ -149,8 +149,9 @@ def denoiser(
   """
   fields = edm.sizes(tensors)
   name = settings.get("class_name", "EDMPrecond")
-  if name not in _PRECONDITIONED:
-    raise UserError(f"a network in {name} is not supported; known: {', '.join(_PRECONDITIONED)}")
+  if not isinstance(name, str) or name not in _PRECONDITIONED:
+    said = name if isinstance(name, str) else type(name).__name__
+    raise UserError(f"a network in {said} is not supported; known: {', '.join(_PRECONDITIONED)}")
   precond = _PRECONDITIONED[name]
   model = _NETWORKS[fields.pop("kind")](**fields)
   sigma_data = settings.get("sigma_data")
