@@ -23,10 +23,13 @@ from jax import export as jax_export
 from safetensors.numpy import load_file
 
 import dimo_jax
-from dimo_jax import artifacts, cli, export, prepare
+from dimo_jax import artifacts, cli, export, prepare, train
+from dimo_jax.build import build
+from dimo_jax.checkpoint import params_hash
 from dimo_jax.convert import __main__ as convert
 from dimo_jax.convert import families, files
 from dimo_jax.recipe import of_sizes
+from dimo_jax.hooks import sampling_network
 from dimo_jax.types import UserError
 from tests import commands, runs
 from tests.helpers import GOLDEN
@@ -211,7 +214,7 @@ def test_the_card(exported):
 
 
 def test_the_card_names_a_published_protocol_and_its_files(exported, tmp_path):
-  workdir = commands.copy_run(exported[0], tmp_path / "run")
+  workdir, run = commands.copy_run(exported[0], tmp_path / "run"), exported[1]
   row = {"protocol": "edm-imagenet64", "unverified": ["statistics"], "fid": 2.5, "steps": 1}
   row |= {"model": "student", "sampler": {"name": "one step", "temperature": 7.0}}
   row |= {"inception_score": 40.25, "departures": {"num_images": 5000}, "num_images": 5000}
@@ -238,7 +241,7 @@ def test_a_card_says_what_is_not_known(exported, tmp_path):
   assert front_matter(text)["license_name"] == "unknown"
   for needle in (
     "Unknown: a distilled generator inherits",
-    "None: the run was not evaluated",
+    "None of these weights.",
     "no a",
   ):
     assert needle in text, needle
@@ -292,6 +295,7 @@ def test_nothing_but_an_export_is_replaced(exported, tmp_path):
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "thesis.tex").write_text("years")
   for overwrite in (False, True):
+  row |= {"step": 20, "weights_sha256": params_hash(run.weights["network"])}
     with pytest.raises(UserError, match="exists and is no export"):
       export.export(exported[1], ["linen"], tmp_path / "mine", overwrite=overwrite)
   assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
@@ -321,6 +325,35 @@ def test_damaged_exports_have_one_line(exported, tmp_path):
   for path in (folder / "params").rglob("*"):
     if path.is_file():
       path.write_bytes(path.read_bytes()[:10])
+@pytest.mark.parametrize("other", ["raw", "best", "older", "unmarked", "none"])
+def test_a_card_has_no_numbers_of_other_weights(exported, tmp_path, other):
+  workdir = exported[0]
+  if other in ("older", "unmarked"):
+    workdir = commands.copy_run(exported[0], tmp_path / "run")
+    rows = json.loads((exported[0] / "results.json").read_text())
+    if other == "older":
+      rows[-1]["step"] -= 1
+    else:
+      del rows[-1]["weights_sha256"]
+    (workdir / "results.json").write_text(json.dumps(rows))
+  run = artifacts.read_run(workdir, best=other == "best", average=other != "raw")
+  export.export(run, ["torch"], tmp_path / "out")
+  text = (tmp_path / "out" / "README.md").read_text()
+  evaluated = other == "none"
+  assert ("| student |" in text) is ("3.25" in text) is evaluated
+  assert ("None of these weights: what follows was taken in the same run." in text) is not evaluated
+  assert "| real | test split | 0 | 2.5 |" in text and "| teacher | Heun | 4 | 2.75 |" in text
+
+
+def test_the_hash_of_exported_weights_is_that_of_an_evaluation(exported):
+  workdir, run, _ = exported
+  experiment = build(run.recipe.config)
+  _, state = train.restore(experiment, workdir)
+  network = sampling_network(experiment, state.ema_params, {})
+  (row,) = [row for row in export._results(run) if row["model"] == "student"]
+  assert row["weights_sha256"] == params_hash(network.all_params)
+
+
   with pytest.raises(UserError, match="is not a readable checkpoint"):
     dimo_jax.load(folder)
 
