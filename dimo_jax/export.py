@@ -26,11 +26,10 @@ from ml_collections import config_flags
 
 from dimo_jax import cli, prepare
 from dimo_jax.artifacts import (
-  FORMATS,
-  MANIFEST,
   PARAMS_FOLDER,
   PROGRAM_FILE,
   TOKENIZER_FILE,
+  TORCH_FAMILIES,
   TORCH_FILES,
   WEIGHTS_FILE,
   Run,
@@ -40,6 +39,7 @@ from dimo_jax.artifacts import (
 from dimo_jax.build import Models, build
 from dimo_jax.card import card
 from dimo_jax.checkpoint import params_hash, save_params, save_tree
+from dimo_jax.convert.files import FORMATS, MANIFEST
 from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.types import Params, UserError, choose
 from dimo_jax.writers import say
@@ -164,7 +164,8 @@ def _write_linen(run: Run, models: Models, folder: Path) -> None:
 def _write_torch(run: Run, models: Models, folder: Path) -> None:
   path = folder / TORCH_FILES[models.teacher.kind]
   path.parent.mkdir(parents=True, exist_ok=True)
-  save_params(path, prepare.to_published(models.teacher, run.weights["network"]), {})
+  arrays = prepare.to_published(models.teacher, run.weights["network"])
+  save_params(path, arrays, {"role": "generator", "family": TORCH_FAMILIES[models.teacher.kind]})
   if run.weights["tokenizer"]:
     save_params(folder / TOKENIZER_FILE, run.weights["tokenizer"], {})
   _write_json(folder / _SETTINGS_FILE, sampling_settings(run, models))
