@@ -24,6 +24,7 @@ from dimo_jax import prepare
 from dimo_jax.build import NUM_SEEDS, Experiment, Models
 from dimo_jax.checkpoint import Checkpoints, load_params, read_tree
 from dimo_jax.convert import families, files
+from dimo_jax.convert.files import MANIFEST
 from dimo_jax.evaluation.generation import PIXELS_PER_DEVICE
 from dimo_jax.evaluation.pictures import to_uint8
 from dimo_jax.recipe import Recipe, of_sizes
@@ -33,11 +34,10 @@ from dimo_jax.sharding import make_mesh, replicated, shard_batch
 from dimo_jax.state import merge, split
 from dimo_jax.types import Array, Int, Params, UInt8, UInt32, UserError
 
-FORMATS = ("linen", "torch", "stablehlo")  # folders of an export, best first for loading
-MANIFEST = "dimo_jax.json"  # in each of them
 PARAMS_FOLDER = "params"  # linen: an orbax checkpoint of {"network", "tokenizer"}
 # torch: the published key names, where the original code looks; our decoder beside them.
 TORCH_FILES = {"masked": "ema_model/model.safetensors", "gaussian": "model.safetensors"}
+TORCH_FAMILIES = {"masked": "dimo", "gaussian": "dmd2"}  # whose key names these are
 TOKENIZER_FILE = "tokenizer.safetensors"
 PROGRAM_FILE, WEIGHTS_FILE = "program.bin", "weights.safetensors"  # stablehlo
 
@@ -383,10 +383,10 @@ def load(
   """What lies at a path, ready to be sampled.
 
   Args:
-    path: an export (`python -m dimo_jax.export`) or one of its format's folders; the workdir of a
-      run; a teacher trained here (`teacher.safetensors`, or its folder); published weights of any
-      family that `dimo_jax.convert` knows, converted or not. Here, in a bucket (`gs://...`), or on
-      a hub (`hf://owner/repo/file`).
+    path: an export (`python -m dimo_jax.export`) or one of its format's folders, converted or not;
+      the workdir of a run; a teacher trained here (`teacher.safetensors`, or its folder); published
+      weights of any family that `dimo_jax.convert` knows, converted or not. Here, in a bucket
+      (`gs://...`), or on a hub (`hf://owner/repo/file`).
     tokenizer: a VQGAN that decodes tokens, where the artifact holds no decoder.
     family: of published weights, where the file does not say what it is: a generator of Di[M]O or
       DMD2 saved as safetensors looks like a teacher.
@@ -399,9 +399,8 @@ def load(
   place = local_path(path if isinstance(path, str) else Path(path))
   if not place.exists():
     raise UserError(f"{str(path)!r} does not exist")
-  folders = [f for f in (place, *(place / name for name in FORMATS)) if (f / MANIFEST).is_file()]
-  if folders:
-    parts = _read_export(folders[0])
+  if (folder := files.export_folder(place)) is not None:
+    parts = _read_export(folder)
   elif (place / "distill").is_dir():
     parts = read_run(place).parts()
   else:
@@ -461,8 +460,8 @@ def _read_export(folder: Path) -> Parts | ProgramArtifact:
 
 
 def _read_weights(place: Path, family: str, fields: Mapping[str, Any]) -> Parts:
-  """Reads a teacher trained here, or published weights, converted by us or not; `fields` are only
-  looked at.
+  """Reads a teacher trained here, a converted export, or published weights, converted by us or not;
+  `fields` are only looked at.
   """
   file = place / prepare.TEACHER_FILE
   archive = files.read(file if file.is_file() else place)
@@ -470,7 +469,8 @@ def _read_weights(place: Path, family: str, fields: Mapping[str, Any]) -> Parts:
   if any(key.startswith("network/") for key in archive.tensors):
     tree = {"tokenizer": {}} | unflatten(dict(archive.tensors))
     if "recipe" in settings:
-      return Parts(name, Recipe.from_dict(settings["recipe"], name), tree, "teacher")
+      role, clock = settings.get("role", "teacher"), settings.get("clock", 0)
+      return Parts(name, Recipe.from_dict(settings["recipe"], name), tree, role, clock)
     if "conversion" not in settings:
       raise UserError(f"{name} records no config: an older version wrote it")
     record = settings["conversion"]
@@ -503,7 +503,7 @@ def _check_heads(name: str, recipe: Recipe, fields: Mapping[str, Any]) -> None:
 
 
 def _role(family: str) -> str:
-  return "generator" if family in ("dimo", "dmd2") else "teacher"
+  return "generator" if families.FAMILIES[family].student else "teacher"
 
 
 def _num_channels(network: Params) -> int:

@@ -39,7 +39,8 @@ def card(
 
   Args:
     license_name: the teacher's, which the generator inherits; "" where it is unknown.
-    results: rows of results.json; none where nothing was evaluated.
+    results: rows of results.json that may stand here: of the exported weights, of the teacher, of
+      real images. None where nothing was evaluated.
     notes: further paragraphs.
   """
   config = run.recipe.config
@@ -63,6 +64,7 @@ def card(
     columns=(*_ROW, *columns),
     results=[[_cell(row, key) for key, _ in (*_ROW, *columns)] for row in results],
     last=results[-1] if results else {},
+    evaluated=any(row.get("model") == "student" for row in results),
     notes=notes,
     settings=json.dumps(settings, indent=1),
     versions=versions(),
@@ -158,6 +160,10 @@ verified.
 {% endfor %}
 ## Evaluation
 
+{% if not evaluated %}
+None of these weights{{ ": what follows was taken in the same run" if results }}.
+
+{% endif %}
 {% if results %}
 Protocol `{{ protocol }}`{% if last.num_images %}, {{ last.num_images }} images in the last \
 row{% endif %}.{% if last.departures %} Not the protocol's: \
@@ -179,8 +185,6 @@ small classifier{% if last.classifier_sha256 %} (weights SHA-256 \
 {% for row in results %}
 | {{ row | join(" | ") }} |
 {% endfor %}
-{% else %}
-None: the run was not evaluated.
 {% endif %}
 
 ## Recipe

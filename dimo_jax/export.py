@@ -26,11 +26,10 @@ from ml_collections import config_flags
 
 from dimo_jax import cli, prepare
 from dimo_jax.artifacts import (
-  FORMATS,
-  MANIFEST,
   PARAMS_FOLDER,
   PROGRAM_FILE,
   TOKENIZER_FILE,
+  TORCH_FAMILIES,
   TORCH_FILES,
   WEIGHTS_FILE,
   Run,
@@ -39,7 +38,8 @@ from dimo_jax.artifacts import (
 )
 from dimo_jax.build import Models, build
 from dimo_jax.card import card
-from dimo_jax.checkpoint import save_params, save_tree
+from dimo_jax.checkpoint import params_hash, save_params, save_tree
+from dimo_jax.convert.files import FORMATS, MANIFEST
 from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.types import Params, UserError, choose
 from dimo_jax.writers import say
@@ -119,7 +119,7 @@ def export(
         run,
         tuple(dict.fromkeys(formats)),
         license_name=license_name,
-        results=_results(run.workdir),
+        results=_results(run),
         notes=_notes(run, models, formats),
       )
       (folder / _CARD_FILE).write_text(text, encoding="utf-8")
@@ -164,7 +164,8 @@ def _write_linen(run: Run, models: Models, folder: Path) -> None:
 def _write_torch(run: Run, models: Models, folder: Path) -> None:
   path = folder / TORCH_FILES[models.teacher.kind]
   path.parent.mkdir(parents=True, exist_ok=True)
-  save_params(path, prepare.to_published(models.teacher, run.weights["network"]), {})
+  arrays = prepare.to_published(models.teacher, run.weights["network"])
+  save_params(path, arrays, {"role": "generator", "family": TORCH_FAMILIES[models.teacher.kind]})
   if run.weights["tokenizer"]:
     save_params(folder / TOKENIZER_FILE, run.weights["tokenizer"], {})
   _write_json(folder / _SETTINGS_FILE, sampling_settings(run, models))
@@ -264,15 +265,23 @@ print(f"{len(labels)} images {images.shape[1:]} in {out}")
 '''
 
 
-def _results(workdir: Path) -> list[dict[str, Any]]:
-  """Rows of a workdir's results.json, if it has one."""
-  path = workdir / "results.json"
+def _results(run: Run) -> list[dict[str, Any]]:
+  """Rows of a workdir's results.json, if it has one, without those of a student of other weights
+  than the run's.
+  """
+  path = run.workdir / "results.json"
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    rows = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     return []
   except ValueError as error:
     raise UserError(f"{path} is damaged ({error}); --mode=evaluate writes it anew") from error
+  exported = {"step": run.step, "weights_sha256": params_hash(run.weights["network"])}
+  return [
+    row
+    for row in rows
+    if row.get("model") != "student" or all(row.get(k) == v for k, v in exported.items())
+  ]
 
 
 def _notes(run: Run, models: Models, formats: Sequence[str]) -> list[str]:

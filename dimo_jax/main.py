@@ -60,11 +60,18 @@ def _dispatch() -> None:
     raise UserError("--checkpoint=best is for --mode=evaluate and --mode=sample")
   # Imported here, so that a mistyped flag is answered before JAX starts.
   from dimo_jax import build, evaluate, pairs, prepare, sample, train
+  from dimo_jax.convert import files
   from dimo_jax.recipe import CONFIG_FILE, Recipe
 
   _join()
   workdir, given = Path(_WORKDIR.value), cli.CONFIG.value
-  if given is None and not (workdir / CONFIG_FILE).exists():
+  is_export = files.export_folder(workdir) is not None
+  if is_export and (_MODE.value != "sample" or given is not None or _CHECKPOINT.value != "last"):
+    raise UserError(
+      f"--workdir={str(workdir)!r} is an export: --mode=sample takes it, without --config and"
+      " --checkpoint"
+    )
+  if given is None and not is_export and not (workdir / CONFIG_FILE).exists():
     raise UserError(
       f"--config is missing, and --workdir={str(workdir)!r} has recorded none; name a config, such"
       " as --config=configs/digits.py"

@@ -178,10 +178,14 @@ def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, 
       with a network like the teacher's; here or elsewhere, see `remote.local_path`.
 
   Raises:
-    UserError: no such file, another family's file, or other sizes than the config's.
+    UserError: no such file, another family's file, a student's, or other sizes than the config's.
   """
-  field = f"teacher.path={str(location)!r}"
-  archive, tokenizer = files.read(local_path(location)), None
+  field, path = f"teacher.path={str(location)!r}", local_path(location)
+  if files.export_folder(path) is not None:
+    raise UserError(f"{field} is an export of dimo_jax: a student, and a teacher is wanted")
+  archive, tokenizer = files.read(path), None
+  if families.is_student(archive):
+    raise UserError(f"{field} is a generator of dimo_jax: a student, and a teacher is wanted")
   if "teacher" in archive.settings:
     _check_untold(experiment, field, archive.settings["teacher"])
     tree = traverse_util.unflatten_dict(dict(archive.tensors), sep="/")
@@ -246,6 +250,11 @@ def _from_published(experiment: Experiment, field: str, archive: Archive) -> Par
       fitting = fitting or [f"a {TEACHER_FILE} that was trained here"]
       raise UserError(
         f"it is {family.title}, and teacher.name={wanted!r} needs {' or '.join(fitting)}"
+      )
+    if family.student:
+      raise UserError(
+        f"it is {family.title}: a student, and a teacher is wanted; if it only looks like one,"
+        f" python -m dimo_jax.convert --family={family.teacher} makes a teacher's file of it"
       )
     families.check_sizes(family.sizes(archive), network)
     scan_layers = experiment.config.model.scan_layers

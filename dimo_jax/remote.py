@@ -1,12 +1,17 @@
 """Where a file lies: here, in a bucket (`gs://...`), or on a hub (`hf://owner/repo/file`)."""
 
+import contextlib
+import functools
 import hashlib
 import os
 import re
 import shutil
-from pathlib import Path
+import uuid
+from pathlib import Path, PurePosixPath
 
 from dimo_jax.types import UserError
+
+SETTINGS_FILE = "model.yaml"  # what taming-transformers' checkpoints have beside them
 
 _HUB, _SEPARATOR = "hf://", "://"
 _COLLAPSED = re.compile(r"^(\w{2,}:)/(?!/)")  # what pathlib makes of a scheme's two slashes
@@ -17,11 +22,12 @@ def local_path(location: str | Path) -> Path:
   """The path of a file or folder on this machine, fetched there if need be.
 
   Args:
-    location: a path; `gs://...` or another scheme that etils.epath knows, a file or a folder of
-      files, kept in `$XDG_CACHE_HOME/dimo_jax` until it changes; or `hf://owner/repo/file`, or
-      `hf://owner/repo` for the folder of them all, with `@revision` if it is not the main branch,
-      kept in huggingface_hub's cache. Of the latter,
-      HF_TOKEN, HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are heeded.
+    location: a path; `gs://...` or another scheme that etils.epath knows, a file or a folder with
+      all that it holds, kept in `$XDG_CACHE_HOME/dimo_jax` until it changes; or
+      `hf://owner/repo/file`, or `hf://owner/repo` for the folder of them all, with `@revision` if
+      it is not the main branch, kept in huggingface_hub's cache. Of the latter, HF_TOKEN,
+      HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are heeded. A file comes with the `model.yaml` beside
+      it, where there is one.
 
   Raises:
     UserError: it is not there, or cannot be reached.
@@ -45,7 +51,13 @@ def _from_hub(location: str) -> Path:
   try:
     if not file:
       return Path(huggingface_hub.snapshot_download(f"{owner}/{repo}", revision=revision or None))
-    return Path(huggingface_hub.hf_hub_download(f"{owner}/{repo}", file, revision=revision or None))
+    fetch = functools.partial(
+      huggingface_hub.hf_hub_download, f"{owner}/{repo}", revision=revision or None
+    )
+    path = Path(fetch(file))
+    with contextlib.suppress(errors.EntryNotFoundError):  # nor in the cache of an offline machine
+      fetch(str(PurePosixPath(file).with_name(SETTINGS_FILE)))
+    return path
   except errors.GatedRepoError as error:
     reason = f"{owner}/{repo} wants its terms accepted; do that there, and set HF_TOKEN"
     raise UserError(f"{location}: {reason}") from error
@@ -71,29 +83,54 @@ def _from_bucket(location: str) -> Path:
     if not source.exists():
       raise UserError(f"{location} does not exist")
     folder = _cache() / hashlib.sha256(location.encode()).hexdigest()[:16]
-    if not source.is_dir():
-      return _copy(source, folder)
-    for file in source.iterdir():
-      if not file.is_dir():
-        _copy(file, folder)
-    return folder
+    if source.is_dir():
+      _mirror(source, folder)
+      return folder
+    _copy(source, folder / source.name)
+    beside = source.parent / SETTINGS_FILE
+    if beside.exists():
+      _copy(beside, folder / SETTINGS_FILE)
+    else:
+      _remove(folder / SETTINGS_FILE)
+    return folder / source.name
   except (ImportError, OSError, ValueError) as error:
     raise UserError(f"{location} cannot be read: {_first_line(error)}") from error
 
 
-def _copy(source, folder: Path) -> Path:
-  """Copies a file of a bucket, unless the copy is as new and as long."""
+def _mirror(source, folder: Path) -> None:
+  """Makes a folder hold what a bucket's does, and nothing else."""
+  if not folder.is_dir():
+    _remove(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  target, there = folder / source.name, source.stat()
-  if target.exists():
+  found = [path for path in source.iterdir() if path != source]  # some list the folder itself
+  for path in found:
+    (_mirror if path.is_dir() else _copy)(path, folder / path.name)
+  for path in {*folder.iterdir()} - {folder / path.name for path in found}:
+    _remove(path)
+
+
+def _copy(source, target: Path) -> None:
+  """Copies a file of a bucket, unless the copy is as new and as long."""
+  there = source.stat()
+  if target.is_file():
     here = target.stat()
     if here.st_size == there.length and here.st_mtime >= there.mtime:
-      return target
-  temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+      return
+  else:
+    _remove(target)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  temporary = _cache() / f"{uuid.uuid4().hex}.tmp"  # no part of a folder that is mirrored
   with source.open("rb") as reader, open(temporary, "wb") as writer:
     shutil.copyfileobj(reader, writer)
   os.replace(temporary, target)
-  return target
+
+
+def _remove(path: Path) -> None:
+  """Removes a file, or a folder with all that it holds, if it is there."""
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
 
 
 def _cache() -> Path:

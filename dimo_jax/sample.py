@@ -11,6 +11,7 @@ from absl import flags
 from dimo_jax import artifacts, cli
 from dimo_jax.artifacts import Artifact
 from dimo_jax.build import NUM_SEEDS, Experiment
+from dimo_jax.convert import files
 from dimo_jax.distributed import on_first
 from dimo_jax.evaluation import pictures
 from dimo_jax.recipe import parse_field
@@ -115,12 +116,12 @@ def sample_workdir(
   *,
   best: bool = False,
 ) -> None:
-  """Writes a PNG grid of the student in `workdir`, one picture per label.
+  """Writes a PNG grid of the student in `workdir`, a run's or an export, one picture per label.
 
   Args:
-    experiment: of a config that takes the place of the recorded one.
+    experiment: of a config that takes the place of a run's recorded one.
     out_text: a file's name; without one it is `samples.png` in the workdir.
-    best: the best evaluated checkpoint, not the last.
+    best: a run's best evaluated checkpoint, not the last.
 
   Raises:
     UserError: bad labels, nothing trained there, no decoder, or `out` cannot be written.
@@ -131,7 +132,12 @@ def sample_workdir(
     parse_labels(labels_text, experiment.config.data.num_classes)
     if not experiment.has_pictures:
       raise UserError(f"tokenizer.name={experiment.config.tokenizer.name!r} cannot make pictures")
-  artifact = artifacts.NetworkArtifact(artifacts.read_run(workdir, experiment, best=best).parts())
+  artifact: Artifact
+  if files.export_folder(workdir) is not None:
+    artifact = artifacts.load(workdir)
+  else:
+    run = artifacts.read_run(workdir, experiment, best=best)
+    artifact = artifacts.NetworkArtifact(run.parts())
   write_grid(artifact, parse_labels(labels_text, artifact.num_classes), seed, out)
 
 

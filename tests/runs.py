@@ -9,7 +9,7 @@ import numpy as np
 from configs import debug
 from dimo_jax import prepare
 from dimo_jax.build import Experiment, build
-from dimo_jax.checkpoint import BEST_METRIC, Checkpoints, check_record, save_params
+from dimo_jax.checkpoint import BEST_METRIC, Checkpoints, check_record, params_hash, save_params
 from dimo_jax.start import initial_state
 
 STEPS = (10, 20)  # its checkpoints; the first is the best
@@ -67,5 +67,7 @@ def make(workdir: pathlib.Path, variant: str = "dimo", **sections) -> Experiment
     )
     checkpoints.save(step, trained, {BEST_METRIC: float(step)})
   checkpoints.close()
-  (workdir / "results.json").write_text(json.dumps(RESULTS))
+  *others, student = RESULTS
+  evaluated = {"step": STEPS[-1], "weights_sha256": params_hash(trained.ema_params)}
+  (workdir / "results.json").write_text(json.dumps([*others, student | evaluated]))
   return experiment

@@ -19,13 +19,17 @@ import pytest
 import yaml
 from absl import flags
 from absl.testing import flagsaver
+from etils import epath
 from jax import export as jax_export
 from safetensors.numpy import load_file
 
 import dimo_jax
-from dimo_jax import artifacts, cli, export, prepare
+from dimo_jax import artifacts, cli, export, main, prepare, remote, train
+from dimo_jax.build import build
+from dimo_jax.checkpoint import params_hash
 from dimo_jax.convert import __main__ as convert
 from dimo_jax.convert import families, files
+from dimo_jax.hooks import sampling_network
 from dimo_jax.recipe import of_sizes
 from dimo_jax.types import UserError
 from tests import commands, runs
@@ -55,11 +59,11 @@ def exported(request, tmp_path_factory):
   runs.make(workdir, request.param)
   run = artifacts.read_run(workdir)
   out = tmp_path_factory.mktemp("out") / "deep" / "export"
-  export.export(run, artifacts.FORMATS, out, license_name="cc-by-4.0")
+  export.export(run, files.FORMATS, out, license_name="cc-by-4.0")
   return workdir, run, out
 
 
-@pytest.mark.parametrize("name", artifacts.FORMATS)
+@pytest.mark.parametrize("name", files.FORMATS)
 def test_exports_sample_what_the_run_samples(exported, name):
   workdir, _, out = exported
   whole, part = dimo_jax.load(workdir), dimo_jax.load(out / name)
@@ -74,6 +78,29 @@ def test_exports_sample_what_the_run_samples(exported, name):
       part.sample_tokens(LABELS, 7)
     with pytest.raises(UserError, match="is a fixed program"):
       dimo_jax.load(out / name, fields={"sampling.temperature": 2.0})
+
+
+@pytest.mark.parametrize("name", ["export", "export/linen", "export/torch", "run"])
+def test_exports_and_runs_are_loaded_from_buckets(exported, tmp_path, monkeypatch, name):
+  workdir, _, out = exported
+  here = {"export": out, "run": workdir}
+  real = epath.Path
+
+  def path(text):
+    root, _, rest = text.removeprefix("gs://bucket/").partition("/")
+    return real(here[root] / rest)
+
+  def fetch(location):
+    with monkeypatch.context() as patch:  # not while orbax reads
+      patch.setattr(epath, "Path", path)
+      return remote.local_path(location)
+
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.setattr(artifacts, "local_path", fetch)
+  artifact = dimo_jax.load(f"gs://bucket/{name}")
+  assert str(tmp_path) in artifact.name and artifact.role == "generator"
+  wanted = dimo_jax.load(workdir).parts.weights
+  jax.tree.map(np.testing.assert_array_equal, artifact.parts.weights, wanted)
 
 
 def test_a_folder_of_several_formats_is_loaded_by_the_first(exported):
@@ -99,6 +126,55 @@ def test_the_torch_format_is_the_published_layout(exported):
     assert settings["network"]["class"] == "DenoisingMLP"
 
 
+@pytest.mark.parametrize("name", ["", "linen", "torch"])
+def test_exports_are_converted_to_a_generator_in_one_file(exported, tmp_path, capsys, name):
+  workdir, run, out = exported
+  whole, family = dimo_jax.load(workdir), run.recipe.config.objective
+  for given in ((), (f"--family={family}",)):
+    assert convert.main([f"--source={out / name}", f"--out={tmp_path}", *given]) == 0
+  assert "is a generator of " in capsys.readouterr().out
+  record = json.loads((tmp_path / "conversion.json").read_text())
+  assert (record["family"], record["files"]) == (family, ["generator.safetensors"])
+  assert record["source_sha256"] == params_hash(run.weights["network"])
+  made = dimo_jax.load(tmp_path / "generator.safetensors")
+  jax.tree.map(np.testing.assert_array_equal, made.parts.weights, whole.parts.weights)
+  assert made.sampler == whole.sampler and made.role == "generator"
+  assert made.parts.clock == whole.parts.clock > 0
+  assert convert.main([f"--source={out / name}", "--family=maskgit", f"--out={tmp_path}"]) == 2
+  assert "is an export of dimo_jax, a generator of" in capsys.readouterr().err
+  with pytest.raises(UserError, match=r"is a generator of dimo_jax already"):
+    convert.convert(str(tmp_path / "generator.safetensors"), "", tmp_path / "again")
+
+
+def test_a_program_is_not_converted(exported, tmp_path):
+  with pytest.raises(UserError, match="stablehlo is a program; the formats linen and torch can"):
+    convert.convert(str(exported[2] / "stablehlo"), "", tmp_path)
+
+
+def test_a_torch_export_says_that_it_is_a_generator(exported):
+  _, run, out = exported
+  folder = out / "torch"
+  kind = run.recipe.models("run").teacher.kind
+  for path in (folder, folder / artifacts.TORCH_FILES[kind]):
+    assert families.guess(files.read(path)) == run.recipe.config.objective
+
+
+def test_students_are_no_teachers(exported, tmp_path):
+  _, run, out = exported
+  convert.convert(str(out), "", tmp_path)
+  experiment = build(run.recipe.config)
+  file = artifacts.TORCH_FILES[experiment.teacher.kind]
+  for path in (
+    *(out / name for name in ("", *files.FORMATS)),
+    out / "torch" / file,
+    tmp_path / "generator.safetensors",
+  ):
+    with pytest.raises(UserError, match=r"a student, and a teacher is wanted") as error:
+      prepare.load_teacher(experiment, path)
+    assert str(error.value).startswith(f"teacher.path={str(path)!r}")
+    assert "\n" not in str(error.value)
+
+
 @pytest.fixture
 def release(tmp_path):
   """(tensors of DMD2's published generator, an export of a run that ended with its weights)."""
@@ -119,13 +195,16 @@ def test_a_denoiser_leaves_as_the_published_one_came(release, tmp_path):
   for name, value in tensors.items():
     assert arrays[name].dtype == value.dtype, name
     np.testing.assert_array_equal(arrays[name], value, err_msg=name)
-  convert.convert(str(path), "dmd2", tmp_path / "back")
-  again = dimo_jax.load(tmp_path / "back" / "generator.safetensors")
   loaded = dimo_jax.load(out)
-  jax.tree.map(
-    np.testing.assert_array_equal, again.parts.weights["network"], loaded.parts.weights["network"]
-  )
-  assert again.sampler == loaded.sampler
+  for source in (path, out, out / "torch"):
+    record = convert.convert(str(source), "", tmp_path / "back")
+    assert (record["family"], record["files"]) == ("dmd2", ["generator.safetensors"])
+    assert record["sizes"]["denoiser.model_channels"] == 32
+    again = dimo_jax.load(tmp_path / "back" / "generator.safetensors")
+    jax.tree.map(
+      np.testing.assert_array_equal, again.parts.weights["network"], loaded.parts.weights["network"]
+    )
+    assert again.sampler == loaded.sampler and again.role == "generator"
   settings = json.loads((out / "torch" / "sampling.json").read_text())
   assert settings["network"]["class"] == "ADM" and settings["network"]["model_channels"] == 32
   assert settings["sampler"]["sigmas"] == [80.0]
@@ -188,7 +267,7 @@ def test_the_card(exported):
   method = {"dimo": "Di[M]O", "dmd2": "DMD2"}[run.recipe.config.objective]
   assert head["license"] == "cc-by-4.0"
   assert head["library_name"] == "dimo_jax"
-  assert {run.recipe.config.objective, *artifacts.FORMATS} <= set(head["tags"])
+  assert {run.recipe.config.objective, *files.FORMATS} <= set(head["tags"])
   for needle in (
     f"# {method} generator",
     run.teacher_sha256,
@@ -211,11 +290,12 @@ def test_the_card(exported):
 
 
 def test_the_card_names_a_published_protocol_and_its_files(exported, tmp_path):
-  workdir = commands.copy_run(exported[0], tmp_path / "run")
+  workdir, run = commands.copy_run(exported[0], tmp_path / "run"), exported[1]
   row = {"protocol": "edm-imagenet64", "unverified": ["statistics"], "fid": 2.5, "steps": 1}
   row |= {"model": "student", "sampler": {"name": "one step", "temperature": 7.0}}
   row |= {"inception_score": 40.25, "departures": {"num_images": 5000}, "num_images": 5000}
   row |= {"inception_sha256": "ab" * 32, "statistics_sha256": "cd" * 32}
+  row |= {"step": 20, "weights_sha256": params_hash(run.weights["network"])}
   (workdir / "results.json").write_text(json.dumps([row]))
   export.export(artifacts.read_run(workdir), ["linen"], tmp_path / "out")
   text = (tmp_path / "out" / "README.md").read_text()
@@ -238,11 +318,40 @@ def test_a_card_says_what_is_not_known(exported, tmp_path):
   assert front_matter(text)["license_name"] == "unknown"
   for needle in (
     "Unknown: a distilled generator inherits",
-    "None: the run was not evaluated",
+    "None of these weights.",
     "no a",
   ):
     assert needle in text, needle
   assert "stablehlo" not in text and "torch/" not in text
+
+
+@pytest.mark.parametrize("other", ["raw", "best", "older", "unmarked", "none"])
+def test_a_card_has_no_numbers_of_other_weights(exported, tmp_path, other):
+  workdir = exported[0]
+  if other in ("older", "unmarked"):
+    workdir = commands.copy_run(exported[0], tmp_path / "run")
+    rows = json.loads((exported[0] / "results.json").read_text())
+    if other == "older":
+      rows[-1]["step"] -= 1
+    else:
+      del rows[-1]["weights_sha256"]
+    (workdir / "results.json").write_text(json.dumps(rows))
+  run = artifacts.read_run(workdir, best=other == "best", average=other != "raw")
+  export.export(run, ["torch"], tmp_path / "out")
+  text = (tmp_path / "out" / "README.md").read_text()
+  evaluated = other == "none"
+  assert ("| student |" in text) is ("3.25" in text) is evaluated
+  assert ("None of these weights: what follows was taken in the same run." in text) is not evaluated
+  assert "| real | test split | 0 | 2.5 |" in text and "| teacher | Heun | 4 | 2.75 |" in text
+
+
+def test_the_hash_of_exported_weights_is_that_of_an_evaluation(exported):
+  workdir, run, _ = exported
+  experiment = build(run.recipe.config)
+  _, state = train.restore(experiment, workdir)
+  network = sampling_network(experiment, state.ema_params, {})
+  (row,) = [row for row in export._results(run) if row["model"] == "student"]
+  assert row["weights_sha256"] == params_hash(network.all_params)
 
 
 def test_raw_weights_are_the_generators(exported, tmp_path):
@@ -355,9 +464,11 @@ def command(monkeypatch, capsys):
         module.main()
     finally:
       logging.set_verbosity(verbosity)
-      module._FLAGS.unparse_flags()
-      for name in module._FLAGS:
-        module._FLAGS[name].unparse()
+      own = getattr(module, "_FLAGS", {})
+      if own:
+        own.unparse_flags()
+      for name in own:
+        own[name].unparse()
       for number, handler in handlers.items():
         signal.signal(number, handler)
     out, err = capsys.readouterr()
@@ -429,6 +540,37 @@ def test_the_commands(exported, command, tmp_path):
     code, _, err = command(sample, *arguments)
     assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
     assert needle in err
+
+
+@pytest.mark.parametrize("name", ["", "linen", "stablehlo"])
+def test_an_export_is_sampled_as_a_workdir_is(exported, command, tmp_path, name):
+  workdir, _, out = exported
+  made = []
+  for folder in (workdir, out / name):
+    png = tmp_path / f"{len(made)}.png"
+    arguments = ("--mode=sample", "--labels=3,1,4", "--seed=7", f"--out={png}")
+    code, text, err = command(main, f"--workdir={folder}", *arguments)
+    assert code == 0, err
+    assert text.splitlines()[-1].startswith(f"3 pictures in {png}; generator, ")
+    made.append(png.read_bytes())
+  assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    ["--mode=train"],
+    ["--mode=evaluate"],
+    ["--mode=sample", "--checkpoint=best"],
+    ["--mode=sample", f"--config={commands.ROOT}/configs/debug.py"],
+  ],
+)
+def test_an_export_is_no_workdir_to_train_in(exported, command, arguments):
+  before = contents(exported[2])
+  code, _, err = command(main, f"--workdir={exported[2]}", *arguments)
+  assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
+  assert "is an export: --mode=sample takes it, without --config and --checkpoint" in err
+  assert contents(exported[2]) == before
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -80,12 +81,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving():
-  """(endpoint, requests seen) of a hub with four files."""
+  """(endpoint, requests seen) of a hub with a few files."""
   files = {
     ("owner/repo", "weights.bin"): b"weights",
     ("owner/repo", "sub/folder/weights.bin"): b"deeper",
     ("owner/gated", "weights.bin"): b"gated",
     ("owner/private", "weights.bin"): b"private",
+    ("owner/vqgan", "ckpts/last.ckpt"): b"vqgan",
+    ("owner/vqgan", "ckpts/model.yaml"): b"settings",
   }
   requests = []
   handler = functools.partial(Hub, files, requests)
@@ -134,6 +137,15 @@ def test_files_of_a_hub_are_fetched_once_and_kept(fetch):
     assert downloads(requests) == 3
     assert fetch("hf://owner/repo/weights.bin", HF_ENDPOINT=endpoint) == str(path)
     assert downloads(requests) == 3
+
+
+def test_the_settings_beside_a_file_of_a_hub_come_with_it(fetch):
+  with serving() as (endpoint, _):
+    path = pathlib.Path(fetch("hf://owner/vqgan/ckpts/last.ckpt", HF_ENDPOINT=endpoint))
+    assert path.read_bytes() == b"vqgan"
+    assert (path.parent / "model.yaml").read_bytes() == b"settings"
+    offline = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "1"}
+    assert fetch("hf://owner/vqgan/ckpts/last.ckpt", **offline) == str(path)
 
 
 def test_tokens_and_offline_mode_are_heeded(fetch):
@@ -210,6 +222,57 @@ def test_files_of_a_bucket_are_kept_until_they_change(bucket):
   folder = remote.local_path("gs://bucket/teacher")
   assert sorted(file.name for file in folder.iterdir()) == ["config.json", "weights.bin"]
   assert (folder / "weights.bin").read_bytes() == b"second"
+
+
+def contents(folder):
+  return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_folders_of_a_bucket_are_mirrored_whole(bucket):
+  run = bucket / "run"
+  for name in ("config.json", "teacher/teacher.safetensors", "distill/checkpoints/20/_METADATA"):
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).write_text(name)
+  folder = remote.local_path("gs://bucket/run")
+  assert contents(folder) == contents(run) and len(contents(folder)) == 3
+  kept = (folder / "config.json").stat().st_ino
+  shutil.rmtree(run / "distill" / "checkpoints" / "20")
+  (run / "distill" / "checkpoints" / "40").write_text("now a file")
+  (run / "teacher" / "teacher.safetensors").unlink()
+  (run / "teacher").rmdir()
+  (run / "teacher").write_text("now a file")
+  assert remote.local_path("gs://bucket/run") == folder
+  assert contents(folder) == contents(run) and len(contents(folder)) == 3
+  assert not (folder / "distill" / "checkpoints" / "20").exists()
+  assert (folder / "config.json").stat().st_ino == kept
+  (run / "teacher").unlink()
+  (run / "teacher").mkdir()
+  (run / "teacher" / "x").write_text("a folder again")
+  assert contents(remote.local_path("gs://bucket/run")) == contents(run)
+
+
+def test_a_bucket_may_list_the_folder_itself(bucket, monkeypatch):
+  (bucket / "run").mkdir()
+  (bucket / "run" / "x").write_text("x")
+  kind = type(epath.Path("gs://bucket/run"))
+  listed = kind.iterdir
+  monkeypatch.setattr(kind, "iterdir", lambda folder: [folder, *listed(folder)])
+  assert contents(remote.local_path("gs://bucket/run")) == {"x": b"x"}
+
+
+def test_the_settings_beside_a_file_of_a_bucket_come_and_go_with_it(bucket):
+  (bucket / "last.ckpt").write_bytes(b"vqgan")
+  path = remote.local_path("gs://bucket/last.ckpt")
+  assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+  (bucket / "model.yaml").write_text("settings")
+  (bucket / "other.bin").write_text("stays")
+  assert remote.local_path("gs://bucket/last.ckpt") == path
+  assert contents(path.parent) == {"last.ckpt": b"vqgan", "model.yaml": b"settings"}
+  assert remote.local_path("gs://bucket/model.yaml").read_text() == "settings"
+  (bucket / "model.yaml").unlink()
+  assert [file.name for file in remote.local_path("gs://bucket/last.ckpt").parent.iterdir()] == [
+    "last.ckpt"
+  ]
 
 
 def test_a_path_that_lost_a_slash_is_still_elsewhere(bucket, tmp_path, monkeypatch):

@@ -2,7 +2,8 @@
 
 A family is known by its keys alone, so that a file of any layout, and one that was asked for as
 another family, can be named. Where two families have the same keys (a teacher and a generator
-distilled from it), the layout in which each is published decides.
+distilled from it), what an export of ours says of itself decides, else the layout in which each is
+published.
 """
 
 import dataclasses
@@ -66,6 +67,7 @@ class Family:
   Attributes:
     title: for messages.
     teacher: the value of teacher.name that its networks serve; "" where it holds none.
+    student: whether its network was distilled, and is nobody's teacher.
     recognise: whether an archive is of it.
     sizes: of the architecture, by config field.
     convert: the parts, given the archive and whether transformer blocks are stacked.
@@ -76,6 +78,7 @@ class Family:
   recognise: Callable[[Archive], bool]
   sizes: Callable[[Archive], dict[str, Any]]
   convert: Callable[[Archive, bool], dict[str, Params]]
+  student: bool = False
 
 
 def guess(archive: Archive) -> str:
@@ -84,15 +87,27 @@ def guess(archive: Archive) -> str:
   Raises:
     UserError: it is of none of them.
   """
+  told = archive.settings.get("family")
+  if archive.settings.get("role") == "generator" and isinstance(told, str) and told in FAMILIES:
+    return told
   for name, family in FAMILIES.items():
     if family.recognise(archive):
       return name
   if any(name.startswith("network/") for name in archive.tensors):
-    raise UserError(f"{archive.path} is a teacher of dimo_jax already")
+    what = "generator" if is_student(archive) else "teacher"
+    raise UserError(f"{archive.path} is a {what} of dimo_jax already")
   names = ", ".join(list(archive.tensors)[:4])
   raise UserError(
     f"{archive.path} is of no known family ({', '.join(FAMILIES)}): it holds {names} ..."
   )
+
+
+def is_student(archive: Archive) -> bool:
+  """Whether a file of ours, exported or converted, says that its network was distilled."""
+  conversion = archive.settings.get("conversion")
+  family = conversion.get("family") if isinstance(conversion, dict) else None
+  told = archive.settings.get("role") == "generator"
+  return told or any(name == family and row.student for name, row in FAMILIES.items())
 
 
 def convert(archive: Archive, family: str = "", *, scan_layers: bool = True) -> Converted:
@@ -122,7 +137,7 @@ def check_sizes(sizes: Mapping[str, Any], network: nn.Module) -> None:
   Raises:
     UserError: fields differ; all of them are named.
   """
-  wanted = _network_sizes(network)
+  wanted = network_sizes(network)
   # How the table divides into codes and classes, no shape says.
   if _VOCABULARY in sizes and sizes[_VOCABULARY] == wanted.get(_VOCABULARY):
     sizes = {name: size for name, size in sizes.items() if name not in (_CODES, _CLASSES)}
@@ -149,21 +164,22 @@ def denoiser(
   """
   fields = edm.sizes(tensors)
   name = settings.get("class_name", "EDMPrecond")
-  if name not in _PRECONDITIONED:
-    raise UserError(f"a network in {name} is not supported; known: {', '.join(_PRECONDITIONED)}")
+  if not isinstance(name, str) or name not in _PRECONDITIONED:
+    said = name if isinstance(name, str) else type(name).__name__
+    raise UserError(f"a network in {said} is not supported; known: {', '.join(_PRECONDITIONED)}")
   precond = _PRECONDITIONED[name]
   model = _NETWORKS[fields.pop("kind")](**fields)
   sigma_data = settings.get("sigma_data")
   told = precond is EDMPrecond and isinstance(sigma_data, float) and sigma_data > 0
   options = {"sigma_data": sigma_data} if told else {}
   network = precond(model, **options)
-  sizes = _network_sizes(network)
+  sizes = network_sizes(network)
   if "class_name" not in settings:  # weights alone do not say
     sizes = {k: v for k, v in sizes.items() if not k.startswith("process.")}
   return network, sizes
 
 
-def _network_sizes(network: nn.Module) -> dict[str, Any]:
+def network_sizes(network: nn.Module) -> dict[str, Any]:
   """The sizes of one of our networks, by config field."""
   if isinstance(network, MaskTransformer):
     return {
@@ -294,6 +310,7 @@ FAMILIES: dict[str, Family] = {
     lambda archive: _is_denoiser(archive) and _is_release(archive),
     _denoiser_sizes,
     _denoiser("generator"),
+    student=True,
   ),
   "edm": Family("an EDM network", "edm", _is_denoiser, _denoiser_sizes, _denoiser("teacher")),
   "dimo": Family(
@@ -302,6 +319,7 @@ FAMILIES: dict[str, Family] = {
     lambda archive: _is_masked(archive) and _is_release(archive),
     _masked_sizes,
     _masked("generator"),
+    student=True,
   ),
   "vqgan": Family(
     "a VQGAN",

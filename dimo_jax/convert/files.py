@@ -14,6 +14,9 @@ from dimo_jax.convert import pickles
 from dimo_jax.convert.pickles import StoredModule, StoredTensor
 from dimo_jax.types import UserError
 
+FORMATS = ("linen", "torch", "stablehlo")  # folders of an export, best first for loading
+MANIFEST = "dimo_jax.json"  # in each of them
+
 # Where trainers put the weights beside other things, outermost first.
 _WRAPPERS = ("model_state_dict", "state_dict", "ema_model", "ema", "model")
 _IN_FOLDERS = (  # the first that is there
@@ -89,6 +92,12 @@ class Archive:
   wrapper: str
   tensors: Tensors
   settings: Mapping[str, Any]
+
+
+def export_folder(path: Path) -> Path | None:
+  """The folder of one format of an export: `path`, or the best one in it; None if there is none."""
+  folders = (path, *(path / name for name in FORMATS))
+  return next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
 
 
 def read(path: str | Path) -> Archive:

@@ -13,6 +13,7 @@ arrive as `StoredModule` (their source code is in the file, and ignored).
 """
 
 import dataclasses
+import functools
 import io
 import math
 import os
@@ -28,10 +29,11 @@ import numpy as np
 
 from dimo_jax.types import UserError
 
-_MAX_OPCODES = 5_000_000  # of one pickle; a network of 300 M parameters has some 100,000
+_MAX_OPCODES = 5_000_000  # of one file; a network of 300 M parameters has some 100,000
 _MAX_PICKLE_BYTES = 1 << 26  # of the pickle inside a zip file, which holds no tensors
 _MAX_LINE = 1 << 12  # of a name or number written as text
 _MAX_DIMENSIONS = 16
+_MAX_NUMBER = 1 << 63  # of elements and their places; products of longer numbers take long
 _MAX_REUSE = 4  # bytes that the tensors declare together, over the bytes of the file
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LOCAL_HEADER_BYTES = 30  # of a zip member, before its name
@@ -167,6 +169,31 @@ def read(path: Path) -> tuple[Any, str]:
     raise UserError(f"{path} cannot be read: {_line(error) or type(error).__name__}") from error
 
 
+class _Budget:
+  """What reading one file may still take, over all the pickles in it.
+
+  Attributes:
+    path: of the file.
+  """
+
+  def __init__(self, path: Path):
+    self.path = path
+    self._opcodes = _MAX_OPCODES
+    self._bytes = _MAX_REUSE * os.path.getsize(path)
+
+  def take(self, opcodes: int) -> None:
+    """Opcodes, or items that one of them copies."""
+    self._opcodes -= opcodes
+    if self._opcodes < 0:
+      raise UserError(f"{self.path} has pickles of more than {_MAX_OPCODES} opcodes")
+
+  def declare(self, num_bytes: int) -> None:
+    """The size of a tensor."""
+    self._bytes -= num_bytes
+    if self._bytes < 0:
+      raise UserError(f"{self.path} declares tensors of many times its size")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Blob:
   """A byte string of the file."""
@@ -208,7 +235,9 @@ class _Window:
 
 def _key(value: Any) -> Any:
   """A dictionary's key; what takes long to hash is no key."""
-  if value is None or type(value) in (str, int, float, bool, Opaque):
+  if value is None or type(value) in (str, float, bool, Opaque):
+    return value
+  if type(value) is int and -_MAX_NUMBER < value < _MAX_NUMBER:
     return value
   raise ValueError(f"a key of type {type(value).__name__}")
 
@@ -251,18 +280,17 @@ class _Machine:
 
   def __init__(
     self,
-    path: Path,
+    budget: _Budget,
     storage: Callable[[str, np.dtype, int], _Storage],
     inner: Callable[[_Blob], Any] | None = None,
   ):
     """
     Args:
-      path: of the file, for tensors and messages.
+      budget: of the file.
       storage: (key, type, number of elements) -> the storage that a persistent id names.
       inner: reads the pickle inside a byte string; None where there may be none.
     """
-    self._path, self._storage, self._inner = path, storage, inner
-    self._bytes_left = _MAX_REUSE * os.path.getsize(path)
+    self._budget, self._storage, self._inner = budget, storage, inner
     self._stack: list[Any] = []
     self._memo: dict[int, Any] = {}
     self._calls: dict[str, Callable[..., Any]] = {
@@ -279,9 +307,8 @@ class _Machine:
   def run(self, window: _Window) -> Any:
     """The value of the pickle that begins here."""
     try:
-      for count, (opcode, argument, _) in enumerate(pickletools.genops(cast(BinaryIO, window))):
-        if count >= _MAX_OPCODES:
-          raise self._error(f"has a pickle of more than {_MAX_OPCODES} opcodes")
+      for opcode, argument, _ in pickletools.genops(cast(BinaryIO, window)):
+        self._budget.take(1)
         if opcode.name == "STOP":
           value = self._stack.pop()
           if self._stack:
@@ -293,7 +320,7 @@ class _Machine:
     raise self._error("is damaged: its pickle has no end")
 
   def _error(self, text: str) -> UserError:
-    return UserError(f"{self._path} {text}")
+    return UserError(f"{self._budget.path} {text}")
 
   def _apply(self, opcode: str, argument: Any, window: _Window) -> None:
     """Carries out one opcode."""
@@ -381,6 +408,8 @@ class _Machine:
       raise ValueError(f"{opcode} on {type(target).__name__}")
 
   def _named(self, module: Any, name: Any) -> Opaque:
+    if not isinstance(module, str) or not isinstance(name, str):  # printing it may take for ever
+      raise ValueError("a pickle names something by what is no text")
     full = f"{module}.{name}"
     known = (
       full in _STORAGES
@@ -389,7 +418,7 @@ class _Machine:
       or full in self._calls
       or full.startswith((_MODULES, *_INERT_PACKAGES))
     )
-    if not known or not isinstance(module, str) or not isinstance(name, str):
+    if not known:
       raise self._error(
         f"holds {_line(full)!r}, which is no tensor or plain container: refused, nothing was run"
       )
@@ -413,11 +442,13 @@ class _Machine:
 
   def _build(self, target: Any, state: Any) -> None:
     if isinstance(target, StoredModule) and type(state) is dict:
+      self._budget.take(len(state))
       target.state.update(state)
     elif not isinstance(target, (dict, Opaque)):  # attributes of these are dropped
       raise ValueError(f"BUILD on {type(target).__name__}")
 
   def _mapping(self, items: Any = ()) -> dict[Any, Any]:
+    self._budget.take(len(items))
     return {_key(key): value for key, value in items}
 
   def _parameter(self, data: Any, *rest: Any) -> StoredTensor:
@@ -447,7 +478,7 @@ class _Machine:
     kind, key, _, size = value[1:5]
     if not isinstance(kind, Opaque) or kind.name not in _STORAGES:
       raise ValueError("a storage of an unknown type")
-    if not isinstance(key, str) or type(size) is not int or size < 0:
+    if not isinstance(key, str) or type(size) is not int or not 0 <= size < _MAX_NUMBER:
       raise ValueError("a storage without key or size")
     if len(value) == 6 and value[5] is not None:
       raise ValueError("a view of a storage, which PyTorch wrote before 0.4")
@@ -456,8 +487,8 @@ class _Machine:
   def _tensor(self, storage: Any, start: Any, shape: Any, strides: Any, *rest: Any) -> StoredTensor:
     if not isinstance(storage, _Storage) or len(shape) != len(strides):
       raise ValueError("a tensor without storage, shape or strides")
-    numbers = (start, *shape, *strides)
-    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) > _MAX_DIMENSIONS:
+    numbers = (start, *shape, *strides) if len(shape) <= _MAX_DIMENSIONS else (None,)
+    if any(type(n) is not int or not 0 <= n < _MAX_NUMBER for n in numbers):
       raise ValueError("a tensor of impossible shape or strides")
     if start + _span(shape, strides) > storage.size:
       raise self._error(
@@ -470,10 +501,8 @@ class _Machine:
         if stride <= reach:
           raise self._error(f"declares a tensor of shape {tuple(shape)} that overlaps itself")
         reach += (size - 1) * stride
-    tensor = StoredTensor(self._path, tuple(shape), tuple(strides), start, storage)
-    self._bytes_left -= tensor.nbytes
-    if self._bytes_left < 0:
-      raise self._error("declares tensors of many times its size")
+    tensor = StoredTensor(self._budget.path, tuple(shape), tuple(strides), start, storage)
+    self._budget.declare(tensor.nbytes)
     return tensor
 
 
@@ -502,7 +531,8 @@ def _read_zip(path: Path) -> Any:
         storages[key] = _Storage(dtype, member.file_size // dtype.itemsize, _start(file, member))
       return _agreed(path, storages[key], key, dtype, size)
 
-    return _Machine(path, storage).run(_Window(io.BytesIO(content), 0, len(content)))
+    window = _Window(io.BytesIO(content), 0, len(content))
+    return _Machine(_Budget(path), storage).run(window)
 
 
 def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
@@ -540,23 +570,27 @@ def _read_pickles(path: Path) -> tuple[Any, str]:
   """(content, layout) of a file that begins with a pickle: torch's legacy layout, or any other."""
   with open(path, "rb") as file:
     window = _Window(file, 0, os.fstat(file.fileno()).st_size)
-    first = _Machine(path, _no_storage(path), lambda blob: _inner(path, blob)).run(window)
+    budget = _Budget(path)
+    inner = functools.cache(lambda blob: _inner(budget, blob))
+    first = _Machine(budget, _no_storage(path), inner).run(window)
     if first != _LEGACY_MAGIC or type(first) is not int:
       return first, "plain"
-    return _read_legacy(path, window), "legacy"
+    return _read_legacy(budget, window), "legacy"
 
 
-def _inner(path: Path, blob: _Blob) -> Any:
+def _inner(budget: _Budget, blob: _Blob) -> Any:
   """The content of a legacy file inside another one."""
+  path = budget.path
   with open(path, "rb") as file:
     window = _Window(file, blob.offset, blob.offset + blob.size)
-    if _Machine(path, _no_storage(path)).run(window) != _LEGACY_MAGIC:
+    if _Machine(budget, _no_storage(path)).run(window) != _LEGACY_MAGIC:
       raise UserError(f"{path} has an inner file that is not PyTorch's")
-    return _read_legacy(path, window)
+    return _read_legacy(budget, window)
 
 
-def _read_legacy(path: Path, window: _Window) -> Any:
+def _read_legacy(budget: _Budget, window: _Window) -> Any:
   """What follows the magic number: version, byte order, content, keys, then each storage."""
+  path = budget.path
   storages: dict[str, _Storage] = {}
 
   def storage(key: str, dtype: np.dtype, size: int) -> _Storage:
@@ -564,7 +598,7 @@ def _read_legacy(path: Path, window: _Window) -> Any:
     return _agreed(path, storages[key], key, dtype, size)
 
   def run() -> Any:
-    return _Machine(path, storage).run(window)
+    return _Machine(budget, storage).run(window)
 
   if run() != _LEGACY_PROTOCOL:
     raise UserError(f"{path} is of an unknown version of PyTorch's legacy layout")

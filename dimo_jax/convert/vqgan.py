@@ -17,10 +17,10 @@ from flax import traverse_util
 
 from dimo_jax.convert import keys
 from dimo_jax.models.vqgan import VQGAN
+from dimo_jax.remote import SETTINGS_FILE
 from dimo_jax.types import Params, UserError
 
 _TRAINING_ONLY = "loss."
-_YAML_NAME = "model.yaml"
 PUBLISHED_RESOLUTION = 256  # pixels along a side, of the ImageNet models
 
 # (pattern, replacement) from our paths to the published keys.
@@ -149,13 +149,13 @@ def settings(
     if value != found[name]
   ]
   if wrong:
-    raise UserError(f"{_YAML_NAME} is not of these weights: {'; '.join(wrong)}")
+    raise UserError(f"{SETTINGS_FILE} is not of these weights: {'; '.join(wrong)}")
   return {"resolution": resolution, **found}
 
 
 def yaml_beside(path: Path) -> str:
   """The text of the `model.yaml` in a checkpoint's folder, "" where there is none."""
-  path = path.with_name(_YAML_NAME)
+  path = path.with_name(SETTINGS_FILE)
   return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
@@ -179,9 +179,11 @@ def _declared(model_yaml: str) -> dict[str, Any]:
       fields[name] = tuple(map(int, value)) if isinstance(value, list) else int(value)
     double_z = params["ddconfig"].get("double_z", True)
   except yaml.YAMLError as error:
-    raise UserError(f"{_YAML_NAME} is no yaml: {' '.join(str(error).split())}") from error
+    raise UserError(f"{SETTINGS_FILE} is no yaml: {' '.join(str(error).split())}") from error
   except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise UserError(f"{_YAML_NAME} does not describe a VQGAN ({error!r})") from error
+    raise UserError(f"{SETTINGS_FILE} does not describe a VQGAN ({error!r})") from error
   if double_z:
-    raise UserError(f"{_YAML_NAME} says double_z: its encoder is a variational one, not a VQGAN's")
+    raise UserError(
+      f"{SETTINGS_FILE} says double_z: its encoder is a variational one, not a VQGAN's"
+    )
   return fields

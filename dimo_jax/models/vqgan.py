@@ -7,6 +7,7 @@ Rombach and Ommer, arXiv:2012.09841, and its release; the defaults are its Image
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen import initializers
@@ -120,8 +121,8 @@ class VQGAN(nn.Module):
     z_channels: of the encoder's output and the decoder's input.
     codebook_size, code_dim: number and length of the codes.
     image_channels: of the images.
-    dtype: of the decoder's activations. The encoder computes in float32, so that an image's codes
-      depend on the parameters alone.
+    dtype: of the decoder's activations. The encoder computes in float32 at the highest matmul
+      precision, so that an image's codes depend on the parameters alone.
   """
 
   resolution: int = 256
@@ -159,7 +160,8 @@ class VQGAN(nn.Module):
 
   def latents(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
     """What is quantised."""
-    return self.quant_conv(self.encoder(images.astype(jnp.float32)))
+    with jax.default_matmul_precision("highest"):  # of convolutions and attention as well
+      return self.quant_conv(self.encoder(images.astype(jnp.float32)))
 
   def encode(self, images: Float[Array, "b h w c"]) -> Int[Array, "b h2 w2"]:
     """The code nearest to each latent, of images in [-1, 1]."""

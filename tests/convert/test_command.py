@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import base
+from dimo_jax import prepare
 from dimo_jax.build import build
 from dimo_jax.convert import __main__ as command
 from dimo_jax.convert import edm, files, maskgit
@@ -80,20 +81,32 @@ def test_masked_networks_become_teachers(tmp_path, capsys, masked):
     ("01_masktransformer_legacy.bin", "generator"),
     ("01_ema_model", "generator"),
   ):
-    network, _ = load_teacher(masked, str(GOLDEN / name))
-    same(network, expected)
     out = tmp_path / name
     assert command.main([f"--source={GOLDEN / name}", f"--out={out}"]) == 0
     assert f"{part}.safetensors" in capsys.readouterr().out
-    network, tokenizer = load_teacher(
-      masked, out if part == "teacher" else out / f"{part}.safetensors"
-    )
-    same(network, expected)
-    assert not tokenizer
+    if part == "teacher":
+      network, _ = load_teacher(masked, str(GOLDEN / name))
+      same(network, expected)
+      network, tokenizer = load_teacher(masked, out)
+      same(network, expected)
+      assert not tokenizer
+    for path in (GOLDEN / name, out / "generator.safetensors") if part == "generator" else ():
+      with pytest.raises(UserError, match=r"teacher\.path=.*a student, and a teacher is wanted"):
+        load_teacher(masked, path)
     record = json.loads((out / "conversion.json").read_text())
     assert record["sizes"]["model.num_layers"] == 3
     assert record["files"] == [f"{part}.safetensors"] and len(record["source_sha256"]) == 64
     assert sorted(path.name for path in out.iterdir()) == ["conversion.json", *record["files"]]
+
+
+def test_who_says_that_it_is_no_student_is_believed(tmp_path, capsys, masked):
+  source = GOLDEN / "01_ema_model"
+  with pytest.raises(UserError, match=r"python -m dimo_jax.convert --family=maskgit makes a teach"):
+    load_teacher(masked, source)
+  assert command.main([f"--source={source}", "--family=maskgit", f"--out={tmp_path}"]) == 0
+  expected = maskgit.from_published(state_dict("01_masktransformer"), scan_layers=True)
+  same(load_teacher(masked, tmp_path)[0], expected)
+  capsys.readouterr()
 
 
 def test_denoisers_become_teachers(tmp_path, capsys, continuous):
@@ -111,8 +124,8 @@ def test_denoisers_become_teachers(tmp_path, capsys, continuous):
     "fake_score.safetensors",
     "teacher.safetensors",
   ]
-  generator = load_teacher(continuous, RELEASE)[0]
-  same(generator, edm.from_published(files.read(RELEASE).tensors, network))
+  with pytest.raises(UserError, match=r"a generator of DMD2: a student, and .* --family=edm makes"):
+    load_teacher(continuous, RELEASE)
   head = load_file(out / "critic.safetensors")
   assert head["conv_0/kernel"].shape == (4, 4, 64, 64)
   capsys.readouterr()
@@ -152,7 +165,7 @@ def test_unfitting_teachers_are_refused_in_one_line(tmp_path, masked, continuous
 def test_our_own_teachers_say_what_shapes_do_not(tmp_path, masked, continuous):
   for experiment, tensors, name, value in (
     (masked, maskgit.from_published(state_dict("01_masktransformer")), "model.num_heads", 2),
-    (continuous, load_teacher(continuous, RELEASE)[0], "denoiser.channels_per_head", 32),
+    (continuous, prepare.random_teacher(continuous), "denoiser.channels_per_head", 32),
   ):
     fields = {"teacher.name": experiment.config.teacher.name, name: value}
     save_teacher(tmp_path / "teacher.safetensors", tensors, {}, fields, recipe(experiment))

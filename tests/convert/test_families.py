@@ -125,6 +125,10 @@ def test_other_preconditionings_are_refused(tmp_path):
   )
   with pytest.raises(UserError, match=r"VEPrecond is not supported; known: EDMPrecond, VPPrecond"):
     families.convert(files.read(path))
+  content = {"class_name": [1], "state_dict": state_dict("07_edm_vp_song")}
+  path = published.zip_file(tmp_path / "listed.pt", content)
+  with pytest.raises(UserError, match="a network in list is not supported"):
+    families.convert(files.read(path))
 
 
 def test_the_release_of_dmd2():

@@ -7,6 +7,7 @@ import pickle
 import struct
 import time
 import zipfile
+from contextlib import nullcontext
 
 import ml_dtypes
 import numpy as np
@@ -68,6 +69,10 @@ HOSTILE = {
   "extension": (lambda _: Raw(b"\x82\x01"), "EXT1"),
   "text persistent id": (lambda _: Raw(b"Pos.system\n"), "PERSID"),
   "new object": (lambda _: Raw(b"csubprocess\nPopen\n)\x81"), "subprocess.Popen"),
+  "name that doubles when printed": (
+    lambda _: Raw(b")" + b"2\x86" * 22 + b"\x8c\x01x\x93"),
+    "by what is no text",
+  ),
   "line break in a name": (lambda _: Raw(b"\x8c\x03o\ns\x8c\x06system\x93"), "'o s.system'"),
 }
 
@@ -260,6 +265,8 @@ DAMAGED = {
   "tuple through a mark": (raw(b"\x80\x02N(\x86."), "damaged"),
   "declared bytes": (raw(b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x."), "damaged"),
   "declared text": (raw(b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"x."), "damaged"),
+  "shape of long numbers": (tensors(Tensor(X, (0, 1 << 99, 1 << 99), (1, 1, 1))), "impossible"),
+  "long number as key": (raw(b"\x80\x02}\x8a\x0c" + b"\x11" * 12 + b"Ns."), "a key of type int"),
   "key that takes long": (raw(b"\x80\x02}(tK\1s."), "key of type tuple"),
   "attributes of a number": (raw(b"\x80\x02K\1}b."), "BUILD on int"),
   "items of a number": (raw(b"\x80\x02K\1K\2a."), "APPENDS on int"),
@@ -296,6 +303,66 @@ def test_a_flood_of_opcodes_is_refused(tmp_path, monkeypatch):
   path.write_bytes(b"\x80\x02" + b"N0" * 1000 + b"N.")
   with pytest.raises(UserError, match="more than 1000 opcodes"):
     pickles.read(path)
+
+
+FILLER = Raw(b"]" + b"N0" * 150)  # 300 opcodes and one more
+
+
+def calls(*blobs):
+  """A plain pickle that asks for files inside it, in a list."""
+  load = Global("torch.storage", "_load_from_bytes")
+  return Emitter().dumps([blob if isinstance(blob, Raw) else Call(load, (blob,)) for blob in blobs])
+
+
+def test_an_inner_file_is_read_once_however_often_it_is_asked_for(tmp_path, monkeypatch):
+  monkeypatch.setattr(pickles, "_MAX_OPCODES", 1000)
+  path, inner = tmp_path / "x", published.legacy_bytes(FILLER)
+  emitted = calls(inner)[: -len(b"e.")]  # a list's first item: remembered, and called again
+  call = emitted[emitted.index(b"ctorch") :]
+  head, tail = call[: -len(b"tR")], b"tq\x01R"
+  again = b"ctorch.storage\n_load_from_bytes\nh\x01R" * 50
+  path.write_bytes(emitted[: -len(call)] + head + tail + again + b"e.")
+  content, _ = pickles.read(path)
+  assert content == [[]] * 51
+
+
+def test_inner_files_share_the_limit_of_their_file(tmp_path, monkeypatch):
+  monkeypatch.setattr(pickles, "_MAX_OPCODES", 1000)
+  path, inner = tmp_path / "x", published.legacy_bytes(FILLER)
+  path.write_bytes(calls(inner, inner))
+  assert pickles.read(path)[0] == [[], []]
+  path.write_bytes(calls(*[inner] * 4))
+  with pytest.raises(UserError, match="more than 1000 opcodes"):
+    pickles.read(path)
+
+
+def test_inner_files_share_the_size_that_tensors_may_declare(tmp_path):
+  path = tmp_path / "x"
+  big = published.legacy_bytes([BIG] * 3)
+  path.write_bytes(calls(big, big))
+  assert len(pickles.read(path)[0]) == 2
+  path.write_bytes(calls(*[published.legacy_bytes([BIG] * 5)] * 2))
+  with pytest.raises(UserError, match="many times its size"):
+    pickles.read(path)
+
+
+@pytest.mark.parametrize(
+  "copy",
+  [
+    b"ccollections\nOrderedDict\nh\x01R0",  # of a list of pairs
+    b"h\x02h\x03b0",  # a module's state
+  ],
+)
+def test_copies_of_a_long_container_are_counted(tmp_path, monkeypatch, copy):
+  monkeypatch.setattr(pickles, "_MAX_OPCODES", 3000)
+  pairs = b"](" + b"K\1K\2\x86" * 100 + b"e\x85q\x010"
+  module = b"ctorch.nn.modules.linear\nLinear\n)\x81q\x020"
+  state = b"}(" + b"".join(b"K" + bytes([i]) + b"N" for i in range(100)) + b"uq\x030"
+  path = tmp_path / "x"
+  for times, refused in ((3, False), (100, True)):
+    path.write_bytes(b"\x80\x02" + pairs + module + state + copy * times + b"N.")
+    with pytest.raises(UserError, match="more than 3000 opcodes") if refused else nullcontext():
+      pickles.read(path)
 
 
 def test_shared_containers_do_not_explode(tmp_path):

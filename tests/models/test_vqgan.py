@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from dimo_jax.convert import __main__ as convert_main
 from dimo_jax.convert import families, files, vqgan
@@ -90,6 +91,35 @@ def test_bfloat16_is_the_decoders_alone(io, network, params):
     params, nhwc(io["image"])
   )
   np.testing.assert_array_equal(codes, io["indices"])
+
+
+def products(jaxpr):
+  """The precisions of all matrix products and convolutions of a program."""
+  found = []
+  for equation in jaxpr.eqns:
+    if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+      found.append(equation.params["precision"])
+    for inner in core.jaxprs_in_params(equation.params):
+      found += products(inner)
+  return found
+
+
+@pytest.mark.parametrize("default", [None, "bfloat16"])
+def test_codes_do_not_depend_on_the_default_precision(network, default):
+  tree = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+
+  def traced(method, x):
+    with jax.default_matmul_precision(default):
+      function = jax.make_jaxpr(lambda tree, x: network.apply(tree, x, method=method))
+      return products(function(tree, x).jaxpr)
+
+  encode = traced("encode", jnp.zeros((1, 16, 16, 3)))
+  decode = traced("decode", jnp.zeros((1, 8, 8), jnp.int32))
+  # Convolutions by level (16, 8 with attention), in the middle, at the ends; two products for each
+  # of the two attentions; the codebook.
+  assert len(encode) == (2 + 1) + (3 + 4) + (2 + 4 + 2) + 3 + 2 * 2 + 1
+  highest = (jax.lax.Precision.HIGHEST,) * 2
+  assert set(encode) == {highest} and highest not in decode
 
 
 def test_tokens_are_row_by_row_and_images_within_their_range(io, network, apply, params):
