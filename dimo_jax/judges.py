@@ -14,6 +14,7 @@ import numpy as np
 
 from dimo_jax import artifacts, prepare
 from dimo_jax.checkpoint import params_hash
+from dimo_jax.convert import files
 from dimo_jax.data.sources import load_source
 from dimo_jax.evaluation import jobs, scoring
 from dimo_jax.evaluation.compare import distance_of, write_sweep
@@ -179,12 +180,11 @@ def load_generator(
 
 def _of_export(path: str) -> dict[str, Any]:
   """Where an export's weights come from; empty for anything else."""
-  place = local_path(path)
-  for folder in (place, *(place / name for name in artifacts.FORMATS)):
-    if (folder / artifacts.MANIFEST).is_file():
-      manifest = json.loads((folder / artifacts.MANIFEST).read_text(encoding="utf-8"))
-      return {name: manifest[name] for name in ("step", "teacher_sha256")}
-  return {}
+  folder = files.export_folder(local_path(path))
+  if folder is None:
+    return {}
+  manifest = json.loads((folder / files.MANIFEST).read_text(encoding="utf-8"))
+  return {name: manifest[name] for name in ("step", "teacher_sha256")}
 
 
 def _model(artifact: artifacts.Artifact) -> str:

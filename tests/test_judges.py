@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from dimo_jax import evaluate, judges
-from dimo_jax.evaluation import scoring
+from dimo_jax import artifacts, evaluate, judges
+from dimo_jax.checkpoint import params_hash
+from dimo_jax.evaluation import report, scoring
 from dimo_jax.types import UserError
 from tests import commands
 
@@ -42,6 +43,14 @@ def test_a_checkpoint_under_its_own_protocol(workdir, checkpoint_row):
   assert set(checkpoint_row["per_class"]) == {str(c) for c in range(10)}
   assert min(checkpoint_row["per_class"].values()) > 0
   assert checkpoint_row["sampler"]["r_init"] == 0.6 and checkpoint_row["steps"] == 1
+  for name in ("weights_sha256", "step", "statistics_sha256", "density", "coverage"):
+    assert checkpoint_row[name] == student[name], name
+  assert student["sampler_settings"] == checkpoint_row["sampler"]
+  assert checkpoint_row["tokenizer_sha256"] == params_hash(
+    artifacts.load(workdir).parts.weights["tokenizer"]
+  )
+  assert student["checkpoint"] == f"distill/checkpoints/{commands.NUM_STEPS}"
+  assert student["versions"] == report.versions()
 
 
 def test_a_teacher_over_steps(workdir, tmp_path):

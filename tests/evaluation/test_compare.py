@@ -164,3 +164,19 @@ def test_a_browser_shows_it(page, width):
     "fetched": "0",
   }, run.stderr[-500:]
   assert int(found["plots"]) >= 4
+
+
+@pytest.mark.parametrize(
+  ("seeds", "same"), [((0, 0), True), ((0, 1), False), ((None, None), False)]
+)
+def test_samples_are_called_the_same_only_where_they_are(tmp_path, seeds, same):
+  Image.fromarray(np.zeros((20, 90, 3), np.uint8)).save(tmp_path / "first.png")
+  files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+  for file, seed in zip(files, seeds, strict=True):
+    more = {} if seed is None else {"seed": seed}
+    row = published_row("student", 1, 2.5, pictures="first.png", kid=0.5, kid_std=0.25, **more)
+    file.write_text(json.dumps(row) + "\n")
+  compare.write_comparison(tmp_path / "page.html", [compare.load_results(f) for f in files])
+  page = (tmp_path / "page.html").read_text()
+  assert ("Samples: same seeds and classes" in page) == same
+  assert "<h2>Samples" in page and "0.50000 ± 0.25000" in page

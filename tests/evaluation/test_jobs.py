@@ -237,9 +237,21 @@ def test_sets_that_do_not_match(tmp_path, statistics):
     judge(statistics, network=dataclasses.replace(NETWORK, sha256="xyz"))
   with pytest.raises(types.UserError, match=r"resize='none'.* has 'tf1_bilinear'"):
     judge(statistics, protocol=dataclasses.replace(PROTOCOL, resize="tf1_bilinear"))
+  with pytest.raises(types.UserError, match=rf"image_size={PROTOCOL.image_size}; .* has 64"):
+    judge(statistics, protocol=dataclasses.replace(PROTOCOL, image_size=64))
   with pytest.raises(types.UserError, match="batch_size=12"):
     judge(statistics, batch_size=12)
   assert not out.exists()
+
+
+def test_what_one_device_made_is_split_over_all(monkeypatch):
+  tiny_inception.install(monkeypatch)
+  extractor = extraction.Extractor(NETWORK, "none", make_mesh(), 16)
+  made = jax.device_put(levels(2, 16), jax.devices()[3])
+  found = extractor(made)["2048"]
+  assert len({shard.device for shard in found.addressable_shards}) == 8
+  assert found.addressable_shards[0].data.shape[0] == 2
+  np.testing.assert_allclose(found, features(levels(2, 16), "2048"), rtol=1e-6)
 
 
 def test_a_departure_from_the_protocol_is_recorded(tmp_path, statistics, monkeypatch):
