@@ -1,5 +1,6 @@
 """Loading and sampling: runs, teachers, published weights; images that depend on nothing else."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -79,6 +80,22 @@ def test_a_run_is_sampled_as_its_sampler_would_one_by_one(kind, request):
   else:
     with pytest.raises(UserError, match="has no tokens"):
       artifact.sample_tokens(LABELS, 7)
+
+
+def test_a_warm_up_stands_where_the_training_left_it(masked):
+  warming = {"dimo.sigma_schedule": "linear", "dimo.sigma_num_warmup": 1000}
+  artifact = dimo_jax.load(masked[0], fields=warming)
+  clock, student = artifact.parts.clock, artifact.models.student_sampler
+  assert clock == artifacts.read_run(masked[0]).clock > 0
+  assert artifact.sampler == student.at(clock) != student.at(0)
+
+
+def test_weights_of_another_shape_are_refused(masked):
+  parts = artifacts.read_run(masked[0]).parts()
+  cut = jax.tree.map(lambda x: x[:-1] if x.ndim else x, parts.weights["network"])
+  wrong = dataclasses.replace(parts, weights={"network": cut, "tokenizer": {}})
+  with pytest.raises(UserError, match=r"does not hold the network that it describes: .* differ\)"):
+    artifacts.NetworkArtifact(wrong)
 
 
 def test_an_image_depends_on_its_class_seed_and_index_alone(gaussian):
