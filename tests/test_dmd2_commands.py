@@ -155,6 +155,7 @@ def second(reference, tmp_path_factory):
   return pairs, workdir
 
 
+@pytest.mark.ci
 def test_pairs_are_the_teachers_own(second, reference):
   pairs, _ = second
   with np.load(pairs) as file:
@@ -170,6 +171,7 @@ def test_pairs_are_the_teachers_own(second, reference):
   np.testing.assert_allclose(again, arrays["image"], atol=1e-3)
 
 
+@pytest.mark.ci
 def test_a_second_stage_starts_from_weights_alone(second, reference):
   _, workdir = second
   rows = commands.rows(workdir / "distill")
@@ -211,6 +213,7 @@ def test_pairs_that_do_not_go_together_are_refused(tmp_path, changes, needle):
     load_pairs(path, (2, 2, 1), 3)
 
 
+@pytest.mark.ci
 def test_unusable_first_stages_and_pairs_are_refused(second, reference, tmp_path):
   pairs, _ = second
   experiment = build(config(train__start_from=str(tmp_path)))

@@ -503,6 +503,7 @@ def full_disk(reference, tmp_path_factory):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.ci
 def test_a_full_disk_stops_with_one_line_and_the_run_goes_on_later(full_disk, reference):
   workdir, err, saved, out = full_disk
   assert err == "error: the disk is full; free some space and run the same command again\n"

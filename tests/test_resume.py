@@ -13,6 +13,8 @@ import pytest
 from dimo_jax.preemption import RESUME_EXIT_CODE
 from tests import commands
 
+pytestmark = pytest.mark.ci  # a run stopped five times
+
 POLL_S = 0.0005
 
 

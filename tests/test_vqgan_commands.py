@@ -57,6 +57,7 @@ def workdir(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.ci
 def test_training_on_labels_draws_pictures(workdir):
   with Image.open(workdir / "distill" / "pictures" / "step_0000002.png") as image:
     pixels = np.asarray(image)
@@ -69,6 +70,7 @@ def test_training_on_labels_draws_pictures(workdir):
   assert not list(workdir.glob("tokenizer/*.safetensors"))
 
 
+@pytest.mark.ci
 def test_sampling_decodes_the_students_tokens(workdir, tmp_path_factory, tmp_path):
   with commands.shared_folder(tmp_path_factory) as folder:
     out = tmp_path / "grid.png"
