@@ -5,6 +5,7 @@ parameters, moments, average and `extra` stay as they were, and the network's st
 gradient is judged by its norm.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -129,12 +130,23 @@ def distill_step(
   rest = jax.tree.map(lambda x: x[1:num_rounds], batch["fake_score"])
   state, fake_metrics = fake_round(state, first, samples if objective.reuse_samples else None)
   if num_rounds > 1:
-    state, more = jax.lax.scan(fake_round, state, rest, unroll=unroll)
+    state, more = _loop(fake_round, state, rest, unroll)
     fake_metrics = jax.tree.map(
       lambda one, many: (one + jnp.sum(many)) / num_rounds, fake_metrics, more
     )
   metrics |= _skipped("generator", state.generator) | _skipped("fake_score", state.fake_score)
   return state, metrics | fake_metrics
+
+
+def _loop(body: Callable[..., Any], carry: Any, inputs: Any, unroll: bool) -> Any:
+  """`jax.lax.scan`, or the same without a loop (`scan` keeps one where there is one turn)."""
+  if not unroll:
+    return jax.lax.scan(body, carry, inputs)
+  outputs = []
+  for i in range(len(jax.tree.leaves(inputs)[0])):
+    carry, output = body(carry, jax.tree.map(lambda x, i=i: x[i], inputs))
+    outputs.append(output)
+  return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
 def _accumulate(loss_fn, params: Params, micro_batches: Any, extra: Any, unroll: bool):
@@ -158,7 +170,7 @@ def _accumulate(loss_fn, params: Params, micro_batches: Any, extra: Any, unroll:
     )
     return grads, extra, (jax.tree.map(lambda x: x[None], samples), metrics)
   zero = jax.tree.map(jnp.zeros_like, params)
-  carry, (samples, metrics) = jax.lax.scan(one, (zero, extra), micro_batches, unroll=unroll)
+  carry, (samples, metrics) = _loop(one, (zero, extra), micro_batches, unroll)
   total, extra = carry
   mean = jax.tree.map(lambda x: x / num, total)
   return mean, extra, (samples, jax.tree.map(lambda x: jnp.mean(x, axis=0), metrics))

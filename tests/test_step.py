@@ -62,11 +62,13 @@ def batch(rounds=1, accumulation=1, seed=0):
   return {"generator": {"class_id": labels[0]}, "fake_score": {"class_id": labels[1:]}}
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "decay", "every", "num_rounds"))
-def run(objective, state, data, key=KEY, *, decay=0.9, every=1, num_rounds=None):
-  return distill_step(
-    objective, decay, every, state, toy_state(2), data, key, num_rounds=num_rounds
-  )
+_STATIC = ("objective", "decay", "every", "num_rounds", "unroll")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def run(objective, state, data, key=KEY, *, decay=0.9, every=1, num_rounds=None, unroll=False):
+  options = {"num_rounds": num_rounds, "unroll": unroll}
+  return distill_step(objective, decay, every, state, toy_state(2), data, key, **options)
 
 
 def assert_equal(one, other):
@@ -78,6 +80,17 @@ def differs(one, other):
 
 
 # The schedule of one iteration.
+
+
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_an_iteration_without_loops_is_the_same(rounds):
+  objective, data = dimo(fake_rounds=rounds), batch(rounds=rounds, accumulation=2)
+  start = distill_state()
+  looped, plain = (run(objective, start, data, unroll=unroll) for unroll in (False, True))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), plain, looped)
+  for unroll in (False, True):
+    traced = jax.make_jaxpr(functools.partial(run, objective, unroll=unroll))(start, data)
+    assert ("scan[" in str(traced)) != unroll
 
 
 @pytest.mark.parametrize("rounds", [1, 3])

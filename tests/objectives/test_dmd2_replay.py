@@ -413,7 +413,7 @@ def replay(request, golden):
 
   @functools.cache
   def compiled(num_rounds):
-    step_fn = functools.partial(distill_step, objective, 0.0, 1, num_rounds=num_rounds)
+    step_fn = functools.partial(distill_step, objective, 0.0, 1, num_rounds=num_rounds, unroll=True)
     step = sharding.jit_step(step_fn, mesh, train_state, teacher)
     # Fast compilation matters more here than fast code.
     options = {"xla_backend_optimization_level": 0}
