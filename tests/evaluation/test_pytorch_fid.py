@@ -50,6 +50,7 @@ def test_distance_of_the_installed_pytorch_fid(distance):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The `disp` argument:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Matrix is singular")
 def test_distance_of_the_installed_pytorch_fid_at_full_size():
   pytest.importorskip("pytorch_fid")
   case = reference.Case(num_features=2048, num_images=10_000, side=75)
