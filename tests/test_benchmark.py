@@ -62,6 +62,7 @@ def printed():
   return out.getvalue()
 
 
+@pytest.mark.ci
 def test_the_command_prints_phases_and_one_json_line(printed):
   *lines, last = printed.strip().splitlines()
   result = json.loads(last)

@@ -19,6 +19,8 @@ from dimo_jax.start import distill_batches
 from dimo_jax.types import UserError
 from tests import commands
 
+pytestmark = pytest.mark.ci  # several runs, one of them killed
+
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
@@ -42,7 +44,6 @@ def killed(reference, tmp_path_factory):
   return saved, workdir
 
 
-@pytest.mark.ci
 def test_a_killed_run_ends_like_an_uninterrupted_one(killed, reference):
   saved, workdir = killed
   assert saved and commands.NUM_STEPS not in saved
@@ -155,7 +156,6 @@ def second(reference, tmp_path_factory):
   return pairs, workdir
 
 
-@pytest.mark.ci
 def test_pairs_are_the_teachers_own(second, reference):
   pairs, _ = second
   with np.load(pairs) as file:
@@ -171,7 +171,6 @@ def test_pairs_are_the_teachers_own(second, reference):
   np.testing.assert_allclose(again, arrays["image"], atol=1e-3)
 
 
-@pytest.mark.ci
 def test_a_second_stage_starts_from_weights_alone(second, reference):
   _, workdir = second
   rows = commands.rows(workdir / "distill")
@@ -213,7 +212,6 @@ def test_pairs_that_do_not_go_together_are_refused(tmp_path, changes, needle):
     load_pairs(path, (2, 2, 1), 3)
 
 
-@pytest.mark.ci
 def test_unusable_first_stages_and_pairs_are_refused(second, reference, tmp_path):
   pairs, _ = second
   experiment = build(config(train__start_from=str(tmp_path)))

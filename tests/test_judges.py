@@ -81,6 +81,7 @@ def test_a_sweep_finds_its_best_point(workdir, checkpoint_row, tmp_path):
   assert f"<b>{[own, 9][int(np.argmin(distances))]:g}</b>" in page and page.count("<svg") >= 2
 
 
+@pytest.mark.ci
 def test_what_has_its_row_is_not_computed_again(workdir, tmp_path, monkeypatch):
   out = tmp_path / "results.jsonl"
   options = ("--protocol=debug", f"--out={out}", "--field=sampling.temperature")

@@ -105,6 +105,7 @@ def test_a_run_is_judged_from_its_teacher_to_its_end(config, tmp_path):
   assert [row["num_images"] for row in written(workdir)[6:]] == [48] * 3
 
 
+@pytest.mark.ci
 def test_the_tokenizer_is_judged_by_what_it_gives_back(config, tmp_path):
   experiment, workdir = build(config), tmp_path / "run"
   tokenizer = experiment.tokenizer.fit(None, config.seed)

@@ -65,7 +65,10 @@ def assert_close(one, other):
   assert max(worst) < 1e-4, max(worst)
 
 
-@pytest.fixture(scope="module", params=[(8, 1), (8, 2), (2, 2)])
+@pytest.fixture(
+  scope="module",
+  params=[(8, 2), *(pytest.param(mesh, marks=pytest.mark.ci) for mesh in ((8, 1), (2, 2)))],
+)
 def runs(request):
   """On one device, and on a mesh of (devices, fsdp)."""
   return trained(1, 1), trained(*request.param)
