@@ -17,6 +17,9 @@ def _optimizer(**fields) -> ConfigDict:
   config.learning_rate = 1e-5
   config.b1 = 0.9  # decay of Adam's mean
   config.b2 = 0.999  # decay of Adam's squares
+  # Storage of Adam's mean: "float32" or "bfloat16". The squares stay float32: at b2 = 0.999 a
+  # bfloat16 one would never fall again.
+  config.mean_dtype = "float32"
   config.eps = 1e-8  # the release takes 1e-6 in its 16-bit runs; parameters here are float32
   config.weight_decay = 0.0  # "adamw" only
   config.clip_norm = 0.0  # global norm of the gradient; 0 is off
@@ -195,6 +198,7 @@ def get_config() -> ConfigDict:
   dimo.soft_target_weight = 0.0  # fake score: 0 hard tokens, 1 the generator's distribution
   dimo.soft_temperature = 1.0  # of that distribution
   dimo.fake_rounds = 1  # fake-score updates for each generator update
+  dimo.reuse_samples = False  # the first of them learns from that update's samples: one pass less
   dimo.dropout = False  # True as released: dropout active in all three networks, the teacher too
 
   config.dmd2 = dmd2 = ConfigDict()  # DMD2 (arXiv:2405.14867); ImageNet-64 settings
@@ -217,6 +221,7 @@ def get_config() -> ConfigDict:
   dmd2.ratio_rate = 0.0  # of that running mean; 0 is the batch's own; ImageNet-64: 0.5
   dmd2.regression_weight = 0.0  # on noise-image pairs of the teacher (DMD)
   dmd2.fake_rounds = 5  # fake-score updates for each generator update
+  dmd2.reuse_samples = True  # the first of them learns from that update's samples, as released
 
   config.optim = optim = ConfigDict()
   optim.generator = _optimizer(clip_norm=1.0)
@@ -234,6 +239,13 @@ def get_config() -> ConfigDict:
   train.accumulation = 1  # micro-batches averaged into one update
   train.ema_decay = 0.9999  # the rate is min(ema_decay, (1 + k) / (10 + k)) at update k
   train.ema_every_steps = 1  # generator updates between two updates of the average
+  train.ema_memory = "device"  # where averages (a teacher's too) lie: "device", or "host"
+
+  # The ranges in which the preset was tried, by its authors or here; a line warns outside of them.
+  # () is unknown.
+  config.tested = tested = ConfigDict()
+  tested.batch_size = (64, 128)  # samples of an update; 64 on each of 2 GPUs
+  tested.learning_rate = (1e-5, 1e-5)  # of generator and fake score
 
   config.sampling = sampling = ConfigDict()  # one-step, at test time; r_init, sigma as trained
   sampling.guidance_scale = 1.0  # DMD2's student; 1 is none, as it is trained
@@ -249,6 +261,8 @@ def get_config() -> ConfigDict:
   log.checkpoint_every_steps = 1000  # and at every evaluation
   log.trackers = ()  # besides TensorBoard: "wandb", "mlflow"
   log.keep_checkpoints = 2  # the newest ones, besides the best evaluated one
+  log.keep_every_steps = 0  # and for good those of its multiples; 0 is off
+  log.profile_steps = ()  # (first, last) steps to record into profile/ of each stage; () is off
 
   config.evaluation = evaluation = ConfigDict()
   evaluation.protocol = "none"  # a key of PROTOCOLS or PUBLISHED, or "none"

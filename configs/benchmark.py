@@ -16,6 +16,7 @@ def get_config(variant: str = "dimo") -> ConfigDict:
   if variant not in ("dimo", "dmd2"):
     raise ValueError(f"configs/benchmark.py:{variant} is unknown; known: dimo, dmd2")
   config = base.get_config()
+  config.tested.update(batch_size=(), learning_rate=())
   if variant == "dimo":
     config.model.update(
       hidden_dim=256, num_layers=8, num_heads=8, mlp_dim=1024, dropout=0.0, scan_layers=False

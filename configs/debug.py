@@ -25,6 +25,7 @@ def get_config(variant: str = "dimo") -> ConfigDict:
   config.optim.generator.num_warmup = 4
   config.optim.fake_score.num_warmup = 4
   config.train.update(num_steps=20, batch_size=32)
+  config.tested.update(batch_size=(), learning_rate=())
   config.log.update(
     every_steps=5,
     pictures_every_steps=10,

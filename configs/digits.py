@@ -64,6 +64,7 @@ def get_config() -> ConfigDict:
   config.optim.frozen = ("^token_embedding$", "^output_bias$")
   config.train.update(num_steps=4000, batch_size=64, ema_decay=0.99)
 
+  config.tested.update(batch_size=(64, 64), learning_rate=(1e-3, 2e-3))
   config.sampling.temperature = 1.2
   config.log.update(
     every_steps=50, pictures_every_steps=2000, evaluate_every_steps=1000, checkpoint_every_steps=200

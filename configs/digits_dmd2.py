@@ -55,6 +55,7 @@ def get_config(variant: str = "one_step") -> ConfigDict:
     optimizer.update(schedule="cosine", num_warmup=50, final_fraction=0.1)
   config.optim.frozen = ()
   config.train.update(num_steps=750, batch_size=128, ema_decay=0.99)
+  config.tested.update(batch_size=(128, 128), learning_rate=(3e-4, 1e-3))
   if variant == "four_step":
     config.dmd2.student_sigmas = (80.0, 1.0, 0.4, 0.15)
     config.optim.generator.learning_rate = 3e-4

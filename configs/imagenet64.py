@@ -52,6 +52,7 @@ def get_config(variant: str = "gan") -> ConfigDict:
   config.optim.frozen = ()
   config.train.update(num_steps=40_000, batch_size=280, ema_decay=0.0)
   config.train.start_from_best = False
+  config.tested.update(batch_size=(280, 280), learning_rate=(5e-7, 2e-6))
   config.evaluation.update(protocol="edm-imagenet64", teacher_steps=(18, 40))
   if variant == "second_stage":
     config.optim.generator.learning_rate = config.optim.fake_score.learning_rate = 5e-7

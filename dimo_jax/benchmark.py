@@ -172,7 +172,10 @@ def run(
   config = experiment.config
   params = prepare.random_teacher(experiment)
   state = start.place(
-    start.initial_state(experiment, params)(), experiment.mesh, experiment.config.mesh.rules
+    start.initial_state(experiment, params)(),
+    experiment.mesh,
+    experiment.config.mesh.rules,
+    start.on_host(experiment),
   )
   teacher = start.teacher_state(experiment, params, {})
   batch = next(start.distill_batches(experiment, 0, 1))

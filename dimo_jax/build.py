@@ -15,6 +15,7 @@ from dimo_jax.evaluation.published import PUBLISHED, PublishedProtocol
 from dimo_jax.objectives import OBJECTIVES, Objective
 from dimo_jax.objectives.denoising import GaussianDenoising, MaskedDenoising
 from dimo_jax.optim import OptimizerSpec
+from dimo_jax.profile import check_profile_steps
 from dimo_jax.samplers import Sampler
 from dimo_jax.samplers.edm import Heun
 from dimo_jax.samplers.maskgit import MaskGit
@@ -87,6 +88,22 @@ class Experiment(Models):
     train, forward_flops = self.config.train, self.teacher.forward_flops
     samples = train.batch_size * train.accumulation
     return {k: v * samples * forward_flops for k, v in self.objective.forward_equivalents.items()}
+
+  @property
+  def untested(self) -> list[str]:
+    """Lines about what lies outside of the ranges in which the preset was tried."""
+    train, tested = self.config.train, self.config.tested
+    batch_size = train.batch_size * train.accumulation
+    values = {"train.batch_size * train.accumulation": (batch_size, tested.batch_size)} | {
+      f"optim.{name}.learning_rate": (self.config.optim[name].learning_rate, tested.learning_rate)
+      for name in ("generator", "fake_score")
+    }
+    return [
+      f"warning: {name}={value:g} lies outside of {tried[0]:g} .. {tried[1]:g}, where this preset"
+      " was tried; small batches and other rates may collapse or give mosaics: watch the pictures"
+      for name, (value, tried) in values.items()
+      if tried and not tried[0] <= value <= tried[1]
+    ]
 
   @property
   def has_pictures(self) -> bool:
@@ -277,6 +294,12 @@ def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     if isinstance(value, float) and not math.isfinite(value):
       raise UserError(f"{path}={value} must be finite")
   check_batch(config.train.batch_size, mesh, "train.batch_size")
+  choose(dict.fromkeys(("device", "host")), config.train.ema_memory, "train.ema_memory")
+  for name in ("batch_size", "learning_rate"):
+    if config.tested[name] and not (
+      len(config.tested[name]) == 2 and config.tested[name][0] <= config.tested[name][1]
+    ):
+      raise UserError(f"tested.{name}={config.tested[name]} must be () or (lowest, highest)")
   choose(dict.fromkeys(STORAGE_DTYPES), config.precision.teacher_dtype, "precision.teacher_dtype")
   positive = (
     ("data", "num_read_threads"),
@@ -293,9 +316,15 @@ def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
   for section, name in positive:
     if config[section][name] < 1:
       raise UserError(f"{section}.{name}={config[section][name]} must be 1 or more")
-  for name in ("pictures_every_steps", "evaluate_every_steps"):
+  for name in ("pictures_every_steps", "evaluate_every_steps", "keep_every_steps"):
     if config.log[name] < 0:
       raise UserError(f"log.{name}={config.log[name]} must not be negative; 0 is off")
+  if config.log.keep_every_steps % config.log.checkpoint_every_steps:
+    raise UserError(
+      f"log.keep_every_steps={config.log.keep_every_steps} must be a multiple of"
+      f" log.checkpoint_every_steps={config.log.checkpoint_every_steps}; 0 is off"
+    )
+  check_profile_steps(config.log.profile_steps)
   check_trackers(config.log.trackers)
   for path, decay in (
     ("train.ema_decay", config.train.ema_decay),

@@ -43,17 +43,22 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-  """Asynchronous, atomic checkpoints of one stage's state: the newest few and the best."""
+  """Asynchronous, atomic checkpoints of one stage's state: the newest few, the best, and every so
+  many steps one for good.
+  """
 
-  def __init__(self, directory: Path, keep: int = 1, *, read_only: bool = False):
+  def __init__(
+    self, directory: Path, keep: int = 1, keep_every_steps: int = 0, *, read_only: bool = False
+  ):
     """Opens a directory of checkpoints, named by the number of steps done.
 
     Args:
       keep: how many of the newest to keep, beside the best.
+      keep_every_steps: keep also those of the multiples of it; 0 is off.
       read_only: change nothing there, where a training may be at work; else it is made.
     """
     self._directory = directory.absolute()
-    self._keep, self._read_only = keep, read_only
+    self._keep, self._keep_every_steps, self._read_only = keep, keep_every_steps, read_only
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
@@ -70,17 +75,18 @@ class Checkpoints:
     for step, reason in from_first(sorted(bad_metrics.items())):
       self._move_aside(step, reason)
     policies = checkpoint_managers.preservation_policy
-    keep = policies.AnyPreservationPolicy(
-      [
-        policies.LatestN(self._keep),
-        policies.BestN(
-          n=1,
-          get_metric_fn=_best_metric,
-          reverse=True,
-          keep_checkpoints_without_metrics=False,
-        ),
-      ]
-    )
+    kept: list[Any] = [
+      policies.LatestN(self._keep),
+      policies.BestN(
+        n=1,
+        get_metric_fn=_best_metric,
+        reverse=True,
+        keep_checkpoints_without_metrics=False,
+      ),
+    ]
+    if self._keep_every_steps:
+      kept.append(policies.EveryNSteps(self._keep_every_steps))
+    keep = policies.AnyPreservationPolicy(kept)
     options = ocp.CheckpointManagerOptions(
       preservation_policy=keep,
       best_fn=_best_metric,  # without it the metrics are not written

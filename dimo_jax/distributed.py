@@ -76,6 +76,18 @@ def check_joined() -> None:
     raise UserError(f"this is one of {jax.process_count()} processes: add --distributed")
 
 
+def keep_compiled_programs() -> None:
+  """Lets a restarted run on GPUs or TPUs find its compiled program on this host, in
+  ~/.cache/dimo_jax; to be called before anything is compiled.
+
+  JAX_COMPILATION_CACHE_DIR names another folder. Not on CPUs, whose programs JAX warns of when it
+  reads them again.
+  """
+  if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = Path.home() / ".cache" / "dimo_jax"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def is_first() -> bool:
   """Whether this is process 0, which writes what people read."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0

@@ -117,6 +117,7 @@ def _join() -> None:
   if cli.has_peers():
     STOP.share()
   distributed.check_joined()
+  distributed.keep_compiled_programs()
 
 
 def _plan() -> None:

@@ -23,6 +23,7 @@ class OptimizerSpec:
   schedule: str  # "constant" or "cosine"
   num_warmup: int  # updates of linear warm-up from 0
   final_fraction: float  # of the learning rate, where a cosine ends
+  mean_dtype: str = "float32"  # of Adam's mean: or "bfloat16"
 
   def learning_rate_fn(self, num_updates: int) -> optax.Schedule:
     """The learning rate as a function of the clock, over `num_updates` of it."""
@@ -48,6 +49,10 @@ class OptimizerSpec:
         f"{field}.weight_decay={self.weight_decay} has no effect with {field}.name='adam';"
         " use 'adamw' or 0"
       )
+    if self.mean_dtype not in ("float32", "bfloat16"):
+      raise UserError(
+        f"{field}.mean_dtype={self.mean_dtype!r} is unknown; known: float32, bfloat16"
+      )
     if not 0 < self.learning_rate < 1:
       raise UserError(f"{field}.learning_rate={self.learning_rate} must lie in (0, 1)")
     for name in ("b1", "b2"):
@@ -72,7 +77,7 @@ class OptimizerSpec:
     skipped (`NetworkState.apply_gradients`).
     """
     parts = [optax.clip_by_global_norm(self.clip_norm)] if self.clip_norm else []
-    parts.append(optax.scale_by_adam(self.b1, self.b2, self.eps))
+    parts.append(optax.scale_by_adam(self.b1, self.b2, self.eps, mu_dtype=self.mean_dtype))
     if self.name == "adamw":
       parts.append(optax.add_decayed_weights(self.weight_decay))
     return optax.chain(*parts, scale_by_clock(self.learning_rate_fn(num_updates)))

@@ -26,7 +26,7 @@ from jax.extend import core
 from dimo_jax.build import Experiment, build
 from dimo_jax.data.sources import SOURCES
 from dimo_jax.sharding import abstract_mesh, bytes_per_device, check_batch, make_mesh
-from dimo_jax.start import initial_state
+from dimo_jax.start import initial_state, on_host
 from dimo_jax.state import DistillState, Nets, NetworkState
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
@@ -117,7 +117,9 @@ class Planner:
     """(what stays on each device, by part; the gradients of each network)."""
     if fsdp not in self._state_bytes:
       mesh = abstract_mesh(self.num_devices, fsdp)
-      count = functools.partial(bytes_per_device, mesh=mesh, rules=self.config.mesh.rules)
+      count = functools.partial(
+        bytes_per_device, mesh=mesh, rules=self.config.mesh.rules, host=on_host(self.experiment)
+      )
       parts = state_parts(self.state, self.teacher)
       gradients = {name: count(getattr(self.state, name).params) for name in _NETWORKS}
       self._state_bytes[fsdp] = {name: count(tree) for name, tree in parts.items()}, gradients
@@ -244,6 +246,8 @@ def plan(
     f"on each of {num_devices} devices, mesh.fsdp={layout.fsdp}, train.batch_size="
     f"{layout.batch_size}, train.accumulation={layout.accumulation}:"
   )
+  for line in planner.experiment.untested:
+    say(line)
   for name, num_bytes in rows.items():
     say(f"{name:24s} {num_bytes / _GIB:10.3f} GiB")
   for name, count in flops.items():
@@ -334,7 +338,7 @@ def state_parts(state: DistillState, teacher: NetworkState) -> dict[str, Any]:
     network = getattr(state, name)
     parts[f"{name} parameters"] = network.params, network.frozen
     parts[f"{name} optimiser"] = network.opt_state
-  parts["average"] = state.ema
+  parts["average"] = {"ema": state.ema}
   networks = [getattr(state, name) for name in _NETWORKS]
   counts = [(net.step, net.skipped, net.skipped_in_a_row) for net in networks]
   parts["counts"] = counts, state.clock, state.extra

@@ -399,7 +399,7 @@ def _network_sections(experiment: Experiment) -> tuple[str, ...]:
 
 def flat_fields(config, *names: str) -> dict:
   """`a.b.c` names and values of the named sections or fields of a config, but for where the
-  tokenizer's file lies and what is computed twice to save memory.
+  tokenizer's file lies and how memory is saved.
   """
   fields: dict[str, Any] = {}
   for name in names:
@@ -411,6 +411,6 @@ def flat_fields(config, *names: str) -> dict:
       fields |= {f"{name}.{key}": item for key, item in flat.items()}
     else:
       fields[name] = value
-  for name in ("tokenizer.path", "model.remat", "denoiser.remat"):
+  for name in ("tokenizer.path", "model.remat", "denoiser.remat", "train.ema_memory"):
     fields.pop(name, None)
   return fields

@@ -1,7 +1,9 @@
 """The device mesh and the rules that place arrays on it: the only file that names mesh axes.
 
 The mesh is `(data, fsdp)`. Batches are split over both axes; parameters, moments and averages are
-split over `fsdp`, along the dimension a rule gives or else along the largest that divides.
+split over `fsdp`, along the dimension a rule gives or else along the largest that divides. Where
+the devices are slices joined by a data-centre network, `fsdp` stays inside a slice and only `data`
+crosses that network.
 """
 
 import math
@@ -12,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dimo_jax.types import Int, UserError, check_pattern
@@ -20,22 +22,29 @@ from dimo_jax.types import Int, UserError, check_pattern
 # (regex on the parameter's path, dimension to split, or None to replicate); the first match wins.
 Rules = Sequence[tuple[str, int | None]]
 _AXES = ("data", "fsdp")
+_HOST = "pinned_host"  # JAX's name of the memory that devices read directly
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A `(data, fsdp)` mesh over all devices.
 
   Raises:
-    UserError: `fsdp` does not divide the number of devices.
+    UserError: `fsdp` does not divide the number of devices, or of those of one slice.
   """
   devices = jax.devices() if devices is None else devices
   _check_fsdp(fsdp, len(devices))
-  return jax.make_mesh(
-    (len(devices) // fsdp, fsdp),
-    _AXES,
-    axis_types=(AxisType.Auto, AxisType.Auto),
-    devices=devices,
+  types = (AxisType.Auto, AxisType.Auto)
+  num_slices = len({getattr(device, "slice_index", None) for device in devices})
+  if num_slices == 1:
+    shape = (len(devices) // fsdp, fsdp)
+    return jax.make_mesh(shape, _AXES, axis_types=types, devices=devices)
+  per_slice = len(devices) // num_slices
+  if per_slice % fsdp:
+    raise UserError(f"mesh.fsdp={fsdp} must divide the devices of one slice, {per_slice}")
+  grid = mesh_utils.create_hybrid_device_mesh(
+    (per_slice // fsdp, fsdp), (num_slices, 1), devices=devices
   )
+  return Mesh(grid, _AXES, axis_types=types)
 
 
 def abstract_mesh(num_devices: int, fsdp: int = 1) -> AbstractMesh:
@@ -129,41 +138,61 @@ def _parameter_spec(path: str, shape: tuple[int, ...], fsdp: int, rules: Rules) 
   return PartitionSpec(*[None] * axis, "fsdp")
 
 
-def state_sharding(state: Any, mesh: Mesh | AbstractMesh, rules: Rules = ()) -> Any:
-  """Shardings for a tree of parameters, moments and counters (arrays or shapes)."""
+def state_sharding(
+  state: Any, mesh: Mesh | AbstractMesh, rules: Rules = (), host: Sequence[str] = ()
+) -> Any:
+  """Shardings for a tree of parameters, moments and counters (arrays or shapes).
+
+  What matches a regex of `host` lies in the hosts' memory, split in the same way.
+  """
   fsdp = mesh.shape["fsdp"]
   for pattern, _ in rules:
     check_pattern(pattern, "mesh.rules")
 
   def leaf(path, value):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return NamedSharding(mesh, _parameter_spec(name, getattr(value, "shape", ()), fsdp, rules))
+    spec = _parameter_spec(name, getattr(value, "shape", ()), fsdp, rules)
+    on_host = any(re.search(pattern, name) for pattern in host)
+    return NamedSharding(mesh, spec, memory_kind=_HOST if on_host else None)
 
   return jax.tree_util.tree_map_with_path(leaf, state)
 
 
-def bytes_per_device(state: Any, mesh: Mesh | AbstractMesh, rules: Rules = ()) -> int:
+def bytes_per_device(
+  state: Any, mesh: Mesh | AbstractMesh, rules: Rules = (), host: Sequence[str] = ()
+) -> int:
   """What one device holds of a tree of arrays or shapes under `state_sharding`."""
 
   def leaf(x, sharding):
-    return math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    on_device = sharding.memory_kind != _HOST
+    return on_device * math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
-  return sum(jax.tree.leaves(jax.tree.map(leaf, state, state_sharding(state, mesh, rules))))
+  return sum(jax.tree.leaves(jax.tree.map(leaf, state, state_sharding(state, mesh, rules, host))))
 
 
 def jit_step(
-  step_fn: Callable[..., Any], mesh: Mesh, state: Any, constants: Any, rules: Rules = ()
+  step_fn: Callable[..., Any],
+  mesh: Mesh,
+  state: Any,
+  constants: Any,
+  rules: Rules = (),
+  host: Sequence[str] = (),
 ) -> jax.stages.Wrapped:
   """Jits `step_fn(state, constants, batch, base_key) -> (state, metrics)`.
 
-  The state keeps its shardings and is donated; `constants` (a frozen teacher, tokenizer
-  parameters) is sharded by the same rules and never donated; batches keep the sharding they come
-  with; metrics are replicated.
+  The state keeps its shardings and is donated; what of it lies in the `host`'s memory visits the
+  device. `constants` (a frozen teacher, tokenizer parameters) is sharded by the same rules and
+  never donated; batches keep the sharding they come with; metrics are replicated.
   """
-  state_shardings = state_sharding(state, mesh, rules)
+  state_shardings = state_sharding(state, mesh, rules, host)
   constant_shardings = state_sharding(constants, mesh, rules)
+
+  def visiting(state, *rest):
+    state, metrics = step_fn(jax.device_put(state, state_sharding(state, mesh, rules)), *rest)
+    return jax.device_put(state, state_shardings), metrics
+
   return jax.jit(
-    step_fn,
+    visiting if host else step_fn,
     in_shardings=(state_shardings, constant_shardings, None, replicated(mesh)),
     out_shardings=(state_shardings, replicated(mesh)),
     donate_argnums=(0,),

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,9 +29,14 @@ from dimo_jax.types import Params
 _DATA_STREAM = 7919  # keeps the order of the data apart from a stage's other use of the seed
 
 
-def place(state: Any, mesh: Mesh, rules: Rules) -> Any:
-  """Puts a state on the mesh by the config's rules."""
-  return put(state, state_sharding(state, mesh, rules))
+def place(state: Any, mesh: Mesh, rules: Rules, host: Sequence[str] = ()) -> Any:
+  """Puts a state on the mesh by the config's rules, and parts of it in the `host`'s memory."""
+  return put(state, state_sharding(state, mesh, rules, host))
+
+
+def on_host(experiment: Experiment) -> tuple[str, ...]:
+  """The parts of a training's state that lie in the host's memory, as `place` takes them."""
+  return ("^ema/",) if experiment.config.train.ema_memory == "host" else ()
 
 
 def initial_state(
@@ -105,6 +110,7 @@ def jit_distill_step(
     state,
     teacher,
     experiment.config.mesh.rules,
+    on_host(experiment),
   )
 
 

@@ -1,7 +1,7 @@
-"""The iteration compiled for a TPU that is not here: `--mode=plan --target=v5e:4x4`.
+"""The iteration compiled for devices that are not here: `--mode=plan --target=v5e:4x4`.
 
-PyPI's libtpu compiles for a described topology on any machine; nothing runs. What it says of memory
-is the compiler's own account, for one device.
+PyPI's libtpu compiles for a described topology on any machine, and `cpu:8` stands for so many CPU
+devices; nothing runs. What it says of memory is the compiler's own account, for one device.
 """
 
 import json
@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from dimo_jax import plan
 from dimo_jax.build import build
 from dimo_jax.sharding import batch_sharding, bytes_per_device, make_mesh, replicated
-from dimo_jax.start import jit_distill_step
+from dimo_jax.start import jit_distill_step, on_host
 from dimo_jax.types import UserError
 from dimo_jax.writers import say
 
@@ -27,15 +27,33 @@ _COLLECTIVE = re.compile(
   r" = (?P<shapes>\(.*?\)|\S+) "
   r"(?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
 )
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
+_CALL = re.compile(
+  r"\b(?:body|calls|to_apply|(?:true|false)_computation|branch_computations)="
+  r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _SHAPE = re.compile(r"\b(?P<dtype>pred|[a-z]+\d+)(?:e\dm\d\w*)?\[(?P<sizes>[\d,]*)\]")
 
 
 def devices(target: str) -> list[jax.Device]:
-  """The devices of a TPU topology such as "v5e:4x4", for compiling only.
+  """The devices of a topology such as "v5e:4x4" or "cpu:8", for compiling only.
+
+  Call it before anything else asks JAX for its devices: it says how many CPUs there are.
 
   Raises:
-    UserError: libtpu is missing, or knows no such topology.
+    UserError: libtpu is missing, or there is no such topology.
   """
+  platform, _, size = target.partition(":")
+  if platform == "cpu":
+    if not size.isdigit() or int(size) < 1:
+      raise UserError(f"--target={target!r} must be cpu:N, with N of 1 or more")
+    jax.config.update("jax_num_cpu_devices", int(size))
+    return jax.devices()
+  return _tpu_devices(target)
+
+
+def _tpu_devices(target: str) -> list[jax.Device]:
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud which machine this is
   try:
     import libtpu  # noqa: F401
@@ -49,21 +67,59 @@ def devices(target: str) -> list[jax.Device]:
 
 
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
-  """{kind: {"count", "bytes"}} of the collective operations in a compiled program.
+  """{kind: {"count", "bytes"}} of the collective operations that a compiled program executes.
 
-  Bytes are those of the results, on one device; an operation in a loop's body counts once.
+  Bytes are those of the results, on one device. What lies in a loop's body counts once for each of
+  its turns, as the compiler knows them, or once where it does not.
   """
+  computations, entry = _computations(hlo)
   found: dict[str, dict[str, int]] = {}
-  for match in _COLLECTIVE.finditer(hlo):
-    sizes = list(_shape_bytes(match["shapes"]))
-    if match["start"] and match["kind"] == "all-gather":  # (operands, results)
-      sizes = sizes[len(sizes) // 2 :]
-    elif match["start"] and match["kind"] == "collective-permute":  # (operand, result, ...)
-      sizes = sizes[1:2]
-    row = found.setdefault(match["kind"], {"count": 0, "bytes": 0})
-    row["count"] += 1
-    row["bytes"] += sum(sizes)
+
+  def visit(name: str, times: int) -> None:
+    for line in computations[name]:
+      match = _COLLECTIVE.search(line)
+      if match:
+        row = found.setdefault(match["kind"], {"count": 0, "bytes": 0})
+        row["count"] += times
+        row["bytes"] += times * _result_bytes(match)
+      turns = _TRIP_COUNT.search(line)
+      for callee in _callees(line):
+        if callee in computations:
+          visit(callee, times * (int(turns[1]) if turns else 1))
+
+  if entry:
+    visit(entry, 1)
   return found
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+  """({name: instructions} of a program's computations, the name of the one that it begins with)."""
+  computations: dict[str, list[str]] = {}
+  entry = name = ""
+  for line in hlo.splitlines():
+    head = _COMPUTATION.match(line)
+    if head:
+      name = head["name"]
+      computations[name] = []
+      entry = name if head["entry"] else entry
+    elif name:
+      computations[name].append(line)
+  return computations, entry
+
+
+def _callees(line: str) -> Iterator[str]:
+  """The computations that an instruction runs; of a loop its body, not its condition."""
+  for match in _CALL.finditer(line):
+    yield from re.findall(r"[\w.\-]+", match[1])
+
+
+def _result_bytes(match: re.Match[str]) -> int:
+  sizes = list(_shape_bytes(match["shapes"]))
+  if match["start"] and match["kind"] == "all-gather":  # (operands, results)
+    sizes = sizes[len(sizes) // 2 :]
+  elif match["start"] and match["kind"] == "collective-permute":  # (operand, result, ...)
+    sizes = sizes[1:2]
+  return sum(sizes)
 
 
 def _shape_bytes(text: str) -> Iterator[int]:
@@ -118,7 +174,8 @@ def compile_for(config: ml_collections.ConfigDict, target: str) -> dict[str, Any
     "device_kind": mesh.devices.flat[0].device_kind,
     "devices": mesh.size,
     "state_bytes": sum(
-      bytes_per_device(tree, mesh, config.mesh.rules) for tree in (state, teacher)
+      bytes_per_device(tree, mesh, config.mesh.rules, on_host(experiment))
+      for tree in (state, teacher)
     ),
     "compiler": {
       "argument_bytes": memory.argument_size_in_bytes,
@@ -134,7 +191,7 @@ def compile_for(config: ml_collections.ConfigDict, target: str) -> dict[str, Any
   say("by the compiler's own account, on each device:")
   for name, num_bytes in result["compiler"].items():
     say(f"{name.replace('_', ' '):24s} {num_bytes / 2**30:10.3f} GiB")
-  say("collective operations in its program, those in a loop's body (scanned layers) counted once:")
+  say("collective operations that an iteration executes:")
   for kind, row in result["collectives"].items():
     say(f"{kind:24s} {row['bytes'] / 2**30:10.3f} GiB in {row['count']} operations")
   say(json.dumps(result))

@@ -19,6 +19,7 @@ from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.health import Health, RunStopped
 from dimo_jax.hooks import draw_pictures, evaluate_sampler, sampling_network
 from dimo_jax.preemption import STOP
+from dimo_jax.profile import Profile
 from dimo_jax.run_judge import RunJudge
 from dimo_jax.sharding import jit_step, local_rows, put, replicated, shard_batch
 from dimo_jax.start import (
@@ -26,6 +27,7 @@ from dimo_jax.start import (
   distill_batches,
   initial_state,
   jit_distill_step,
+  on_host,
   place,
   teacher_state,
 )
@@ -49,10 +51,14 @@ class Loop:
     """Opens the stage's checkpoints."""
     config = experiment.config
     self._log, self._mesh, self._rules = config.log, experiment.mesh, config.mesh.rules
+    self._host = on_host(experiment)
     self._settings = traverse_util.flatten_dict(config.to_dict(), sep=".")
     self._health = Health(**config.health)
     self._directory, self._name, self._num_steps = directory, name, num_steps
-    self._checkpoints = Checkpoints(directory / "checkpoints", config.log.keep_checkpoints)
+    self._checkpoints = Checkpoints(
+      directory / "checkpoints", config.log.keep_checkpoints, config.log.keep_every_steps
+    )
+    self._profile = Profile(directory / "profile", config.log.profile_steps)
 
   def run(
     self,
@@ -77,7 +83,8 @@ class Loop:
         f"the {self._name} in {self._directory} has done {restored[1]} steps, more than the"
         f" {self._num_steps} that the config asks for"
       )
-    state, start = restored or (place(make_state(), self._mesh, self._rules), 0)
+    state, start = restored or (make_state(), 0)
+    state = place(state, self._mesh, self._rules, self._host)
     if start:
       say(f"{self._name}: goes on from step {start}")
       self._health.resume()
@@ -88,7 +95,8 @@ class Loop:
     stream = batches(start)
     try:
       for step in range(start + 1, self._num_steps + 1):
-        state, metrics = step_fn(state, constants, next(stream), base_key)
+        batch = next(stream)
+        state, metrics = self._profile.call(step, step_fn, state, constants, batch, base_key)
         if pending:
           self._record(writer, *pending)
         due = functools.partial(self._due, step)
@@ -96,7 +104,7 @@ class Loop:
         extra: dict[str, float] = {}
         for period, hook in hooks:
           if due(period):
-            extra |= hook(state, writer)
+            extra |= hook(self._on_device(state), writer)
         saving = due(self._log.checkpoint_every_steps) or BEST_METRIC in extra
         if extra or saving:
           self._record(writer, step, metrics, extra)
@@ -105,15 +113,21 @@ class Loop:
         if saving or stopping:
           if pending:
             self._record(writer, *pending)
-          self._check_state(step, state, metrics)
+          whole = self._on_device(state)
+          self._check_state(step, whole, metrics)
           scores = {BEST_METRIC: extra[BEST_METRIC]} if BEST_METRIC in extra else None
-          self._checkpoints.save(step, state, scores)
+          self._checkpoints.save(step, whole, scores)
+          del whole
         if stopping:
           STOP.raise_if_set()
     finally:
+      self._profile.close()
       self._checkpoints.close()
       writer.close()
     return state
+
+  def _on_device(self, state: Any) -> Any:
+    return place(state, self._mesh, self._rules) if self._host else state
 
   def _due(self, step: int, period: int) -> bool:
     return period > 0 and (step % period == 0 or step == self._num_steps)
@@ -184,6 +198,7 @@ def _pretrain(experiment: Experiment, directory: Path, tokenizer_params: Params)
     jax.eval_shape(make_state),
     constants,
     rules,
+    on_host(experiment),
   )
 
   def batches(start: int) -> Iterator[Any]:
@@ -228,6 +243,8 @@ def distill(
     experiment, teacher_params, prepare.first_stage(experiment, teacher_params)
   )
   teacher = teacher_state(experiment, teacher_params, tokenizer_params)
+  for line in experiment.untested:
+    say(line)
   say(parameter_overview.get_parameter_overview(teacher.params, include_stats=False, max_lines=60))
 
   def evaluate(

@@ -319,8 +319,8 @@ def test_a_vqgan_decodes_the_tokens_of_a_published_network(tmp_path, vqgan):
   ("name", "role", "num_steps"),
   [
     ("07_dmd2_release/pytorch_model.bin", "generator", 1),
-    ("07_dmd2_release/pytorch_model_1.bin", "teacher", 2),
-    ("07_edm_song_ddpmpp.safetensors", "teacher", 2),
+    pytest.param("07_dmd2_release/pytorch_model_1.bin", "teacher", 2, marks=pytest.mark.ci),
+    pytest.param("07_edm_song_ddpmpp.safetensors", "teacher", 2, marks=pytest.mark.ci),
   ],
 )
 def test_published_denoisers_make_images(name, role, num_steps):

@@ -57,6 +57,25 @@ def seen(tmp_path_factory):
   return [s | {"written": scoring.read_rows(folder / "judged" / "results.jsonl")} for s in found]
 
 
+@pytest.mark.parametrize(
+  ("backend", "environment", "kept"),
+  [("cpu", {}, False), ("tpu", {}, True), ("tpu", {"JAX_COMPILATION_CACHE_DIR": "/x"}, False)],
+)
+def test_compiled_programs_are_kept_on_accelerators(
+  backend, environment, kept, monkeypatch, tmp_path
+):
+  updates = []
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setattr(jax.config, "update", lambda *pair: updates.append(pair))
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  distributed.keep_compiled_programs()
+  wanted = [("jax_compilation_cache_dir", str(tmp_path / ".cache" / "dimo_jax"))]
+  assert updates == (wanted if kept else [])
+
+
 def test_the_first_is_known_and_believed(seen):
   assert [s["is_first"] for s in seen] == [True, False]
   for name, wanted in (

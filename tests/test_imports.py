@@ -24,7 +24,7 @@ convert
 teachers
 distributed
 writers preemption health allocator
-cli trackers
+cli trackers profile
 data
 samplers
 objectives

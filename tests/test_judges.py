@@ -153,6 +153,7 @@ def counted(judge, fails_at=None):
   return Counted(**{field.name: getattr(judge, field.name) for field in fields}), seen
 
 
+@pytest.mark.ci
 def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
   training, out = tmp_path / "training", tmp_path / "watch" / "results.jsonl"
   shutil.copytree(workdir, training)

@@ -9,15 +9,19 @@ from configs import debug
 from dimo_jax.build import build
 from dimo_jax.checkpoint import Checkpoints
 from dimo_jax.health import RunStopped
+from dimo_jax.profile import check_profile_steps
 from dimo_jax.sharding import replicated
 from dimo_jax.train import Loop
+from dimo_jax.types import UserError
 from dimo_jax.writers import read_metrics
 
 
-def run(directory, skips, *, num_steps=8, spoils=False):
+def run(directory, skips=(), *, num_steps=8, spoils=False, train=None, **log):
   """Runs the loop on a number that counts the sound steps; steps in `skips` are skipped."""
   config = debug.get_config()
   config.log.update(every_steps=2, checkpoint_every_steps=3, keep_checkpoints=9)
+  config.log.update(log)
+  config.train.update(train or {})
   config.health.max_skipped = 3
   experiment = build(config)
   rows = jnp.asarray([step in skips for step in range(num_steps + 1)])
@@ -76,3 +80,26 @@ def test_a_spoilt_state_is_not_saved(tmp_path):
   with pytest.raises(RunStopped, match=r"step 6: parameters or moments hold NaN .*intact"):
     run(tmp_path, skips={6}, spoils=True)
   assert saved(tmp_path) == {3: 3.0}
+
+
+def test_the_newest_checkpoints_and_those_of_every_so_many_steps_are_kept(tmp_path):
+  run(tmp_path, checkpoint_every_steps=1, keep_checkpoints=2)
+  assert set(saved(tmp_path)) == {7, 8}
+  run(tmp_path / "more", checkpoint_every_steps=1, keep_checkpoints=2, keep_every_steps=3)
+  assert set(saved(tmp_path / "more")) == {3, 6, 7, 8}
+
+
+def test_chosen_steps_are_profiled(tmp_path, capsys):
+  run(tmp_path, profile_steps=(3, 4))
+  assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+  assert f"profile written to {tmp_path / 'profile'}" in capsys.readouterr().out
+  run(tmp_path / "late", profile_steps=(7, 99))  # the run ends before
+  assert len(list((tmp_path / "late").rglob("*.xplane.pb"))) == 1
+  run(tmp_path / "none")
+  assert not (tmp_path / "none" / "profile").exists()
+
+
+@pytest.mark.parametrize("steps", [(3,), (0, 2), (5, 4), (1, 2, 3)])
+def test_impossible_profiles_are_refused(steps):
+  with pytest.raises(UserError, match=r"log\.profile_steps=.*must be"):
+    check_profile_steps(steps)

@@ -1,5 +1,6 @@
 """One device, eight devices, and parameters split over two: the same numbers from the same code."""
 
+import dataclasses
 import functools
 
 import jax
@@ -31,7 +32,7 @@ def conditions(seed):
 
 
 @functools.cache
-def trained(num_devices, fsdp, rules=()):
+def trained(num_devices, fsdp, rules=(), host=()):
   """(state, metrics, batch) after two iterations of the jitted step on a mesh."""
   mesh = sharding.make_mesh(fsdp, jax.devices()[:num_devices])
   maker, params = MaskedTeacher(transformer()), initial_params()
@@ -39,11 +40,12 @@ def trained(num_devices, fsdp, rules=()):
   state = DistillState(*networks, copy_tree(params), np.zeros((), np.int32), ())
   teacher = maker.frozen_state(params, {})
   state, teacher = (
-    jax.device_put(tree, sharding.state_sharding(tree, mesh, rules)) for tree in (state, teacher)
+    jax.device_put(tree, sharding.state_sharding(tree, mesh, rules, host))
+    for tree in (state, teacher)
   )
   objective = dimo(fake_rounds=ROUNDS, sigma=0.1)
   step = sharding.jit_step(
-    functools.partial(distill_step, objective, 0.9, 1), mesh, state, teacher, rules
+    functools.partial(distill_step, objective, 0.9, 1), mesh, state, teacher, rules, host
   )
   key = jax.device_put(jax.random.key(3), sharding.replicated(mesh))
   for i in range(2):
@@ -112,6 +114,45 @@ def test_parameters_moments_and_averages_are_split_over_fsdp():
 def test_without_fsdp_every_device_holds_everything():
   state, _, _ = trained(8, 1)
   assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+
+
+def test_an_average_in_the_hosts_memory_is_the_same():
+  (on_device, metrics, _), (on_host, metrics_too, _) = trained(8, 2), trained(8, 2, (), ("^ema/",))
+  for leaf, plain in zip(*map(jax.tree.leaves, (on_host.ema, on_device.ema)), strict=True):
+    assert leaf.sharding.memory_kind == "pinned_host" != plain.sharding.memory_kind
+    assert leaf.sharding.spec == plain.sharding.spec
+    np.testing.assert_array_equal(leaf, plain)
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(on_host.generator)} == {"device"}
+  assert metrics == metrics_too
+  mesh = sharding.make_mesh(2)
+  whole = sharding.bytes_per_device({"ema": on_host.ema, "x": np.zeros(3)}, mesh)
+  assert (
+    24
+    == sharding.bytes_per_device({"ema": on_host.ema, "x": np.zeros(3)}, mesh, (), ("^ema/",))
+    < whole
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDevice:
+  """What a mesh asks of a TPU that is one of several slices."""
+
+  id: int
+  slice_index: int
+  process_index: int = 0
+  platform: str = "cpu"
+  device_kind: str = "cpu"
+  __class__ = jax.Device  # for isinstance
+
+
+def test_slices_are_joined_along_the_data_axis_alone():
+  devices = [SliceDevice(i, i % 2) for i in range(8)]
+  mesh = sharding.make_mesh(2, devices)
+  assert mesh.shape == {"data": 4, "fsdp": 2}
+  slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+  assert (slices[:, 0] == slices[:, 1]).all() and set(slices[:, 0]) == {0, 1}
+  with pytest.raises(UserError, match=r"mesh\.fsdp=8 must divide the devices of one slice, 4"):
+    sharding.make_mesh(8, devices)
 
 
 def test_rules_come_before_the_largest_dimension():

@@ -82,7 +82,7 @@ def differs(one, other):
 # The schedule of one iteration.
 
 
-@pytest.mark.parametrize("rounds", [2, 3])
+@pytest.mark.parametrize("rounds", [2, pytest.param(3, marks=pytest.mark.ci)])
 def test_an_iteration_without_loops_is_the_same(rounds):
   objective, data = dimo(fake_rounds=rounds), batch(rounds=rounds, accumulation=2)
   start = distill_state()
@@ -343,6 +343,18 @@ def test_later_rounds_generate_afresh():
   state, metrics = run(objective, start, batch(3))
   np.testing.assert_allclose(metrics["fake_score/made_by"], (3 + 2 + 2) / 3, rtol=1e-6)
   assert state.extra == 31 and state.fake_score.params["x"] == 0.0
+
+
+def test_reuse_spares_the_fake_score_a_generation():
+  data, start = batch(), distill_state()
+  (fresh, seen), (reused, seen_again) = (
+    run(dimo(reuse_samples=reuse), start, data) for reuse in (False, True)
+  )
+  assert_equal(fresh.generator.params, reused.generator.params)
+  assert seen["generator/loss"] == seen_again["generator/loss"]
+  assert seen["fake_score/loss"] != seen_again["fake_score/loss"]
+  counts = [dimo(reuse_samples=reuse).forward_equivalents for reuse in (False, True)]
+  assert counts[0]["generator"] == 1 + counts[1]["generator"]
 
 
 # Updates that come out NaN or infinite.

@@ -11,33 +11,63 @@ from dimo_jax.sharding import abstract_mesh, bytes_per_device
 from dimo_jax.types import UserError
 
 HLO = """
-HloModule jit_step
-%body (p: f32[4]) -> f32[4] {
-  ROOT %all-reduce.1 = f32[16,768]{1,0:T(8,128)S(1)} all-reduce(%x), replica_groups=[1,8]<=[8]
+HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[]}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
 }
-ENTRY %main {
+
+%inner.1 (p: f32[4]) -> f32[4] {
+  ROOT %all-reduce.3 = f32[2]{0} all-reduce(%x), to_apply=%add
+}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %all-reduce.1 = f32[16,768]{1,0:T(8,128)S(1)} all-reduce(%x), to_apply=%add
+  %call = f32[4]{0} fusion(%x), kind=kCustom, calls=%inner.1
+  ROOT %w = (s32[]) while(%t), body=%turned, backend_config={"known_trip_count":{"n":"2"}}
+}
+
+%turned (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %t = pred[5]{0} all-to-all(%h), metadata={op_name="all-reduce(x)"}
+}
+
+%cond (p: (s32[], f32[4])) -> pred[] {
+  %never = f32[9]{0} all-gather(%h)
+}
+
+%unused (p: f32[4]) -> f32[4] {
+  %never.2 = f32[9]{0} all-gather(%h)
+}
+
+ENTRY %main (a: f32[8], b: f32[2]) -> f32[] {
   %all-reduce.2 = (f32[8]{0}, bf16[2,3]{1,0:T(8,128)(2,1)}) all-reduce(%a, %b), to_apply=%add
   %s = (f32[2,4]{1,0}, f32[16,4]{1,0:T(8,128)}) all-gather-start(%c), dimensions={0}
   %d = f32[16,4]{1,0} all-gather-done(%s)
   %g = ((f32[2], s32[1]), (f32[4], s32[2])) all-gather-start(%c, %e), dimensions={0}
   %r = (f32[6], pred[3]) all-reduce-start(%c, %e), to_apply=%add
   %p = (u32[4]{0}, u32[4]{0}, u32[], u32[]) collective-permute-start(%f)
-  %t = pred[5]{0} all-to-all(%h), metadata={op_name="all-reduce(x)"}
-  %n = f8e4m3fn[10]{0} reduce-scatter(%h)
-  %u = f32[] add(%one, %two)
+  %w = (s32[]) while(%q), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"3"},"x":1}
+  %v = (s32[], f32[4]) while(%q), condition=%cond, body=%turned
+  %n = f8e4m3fn[10]{0} reduce-scatter(%h), to_apply=%add
+  %c = f32[4]{0} conditional(%i, %j, %k), branch_computations={%turned, %inner.1}
+  ROOT %u = f32[] add(%one, %two)
 }
 """
 
 
 def test_collectives_are_counted_with_the_bytes_of_their_results():
+  in_loops = 3 * 4 * 16 * 768 + (3 + 1) * 4 * 2
   assert target.collectives(HLO) == {
-    "all-reduce": {"count": 3, "bytes": 4 * 16 * 768 + (4 * 8 + 2 * 6) + (4 * 6 + 3)},
+    "all-reduce": {"count": 9, "bytes": in_loops + (4 * 8 + 2 * 6) + (4 * 6 + 3)},
     "all-gather": {"count": 2, "bytes": 4 * 64 + (4 * 4 + 4 * 2)},
     "collective-permute": {"count": 1, "bytes": 16},
-    "all-to-all": {"count": 1, "bytes": 5},
+    "all-to-all": {"count": 3 * 2 + 2, "bytes": 8 * 5},
     "reduce-scatter": {"count": 1, "bytes": 10},
   }
-  assert target.collectives("ENTRY %main { ROOT %u = f32[] add(%one, %two) }") == {}
+  assert (
+    target.collectives("ENTRY %main (a: f32[]) -> f32[] {\n ROOT %u = f32[] add(%a, %a)\n}") == {}
+  )
 
 
 def test_without_libtpu_the_line_says_so(monkeypatch):

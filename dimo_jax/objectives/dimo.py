@@ -89,12 +89,12 @@ class Dimo:
   soft_target_weight: float
   soft_temperature: float
   fake_rounds: int
+  reuse_samples: bool
   dropout: bool
 
   teacher_kind = "masked"
   uses_images = False
   uses_pairs = False
-  reuse_samples = False  # every fake-score round generates afresh
 
   def __post_init__(self):
     def require(ok: bool, name: str, wanted: str):
@@ -177,7 +177,7 @@ class Dimo:
     guided_fake = 1 if self.fake_guidance == 1 else 2
     trained_fake = 1 if self.fake_train_guidance == 1 else 2
     return {
-      "generator": 3 + self.fake_rounds,
+      "generator": 3 + self.fake_rounds - self.reuse_samples,
       "teacher": guided_teacher,
       "fake_score": guided_fake + 3 * trained_fake * self.fake_rounds,
     }

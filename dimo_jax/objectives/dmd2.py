@@ -107,9 +107,9 @@ class Dmd2:
   ratio_rate: float
   regression_weight: float
   fake_rounds: int
+  reuse_samples: bool
 
   teacher_kind = "gaussian"
-  reuse_samples = True  # the first round takes the samples of the generator's update
 
   def __post_init__(self):
     def require(ok: bool, name: str, wanted: str):
@@ -209,7 +209,7 @@ class Dmd2:
     teacher = (1 if self.teacher_guidance == 1 else 2) * matching
     fake_score = (1 if self.fake_guidance == 1 else 2) * matching + 3 * self.fake_rounds
     passes = {
-      "generator": 2 + self.fake_rounds + generations * self.fake_rounds,
+      "generator": 2 + (1 + self.fake_rounds - self.reuse_samples) * (1 + generations),
       "teacher": teacher + (0 if trains_score else critic),
       "fake_score": fake_score + (critic if trains_score else 0),
     }

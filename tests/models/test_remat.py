@@ -107,6 +107,7 @@ def test_the_program_of_scanned_layers_does_not_grow_with_their_number():
   assert equations(8, False) > 2 * equations(2, False)
 
 
+@pytest.mark.ci
 def test_adm_keeps_less_for_the_same_gradients():
   plain, network = (ADM(**UNET, channels_per_head=8, remat=name) for name in ("none", "full"))
   assert jax.tree.structure(parameters(plain)) == jax.tree.structure(parameters(network))

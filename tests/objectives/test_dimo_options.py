@@ -52,7 +52,10 @@ FLIPS = {
   "soft_temperature": (3.0, {"soft_target_weight": 0.5}),
   "dropout": (True, {}),
 }
-ELSEWHERE = {"fake_rounds": "tests/test_step.py counts the rounds"}
+ELSEWHERE = {
+  "fake_rounds": "tests/test_step.py counts the rounds",
+  "reuse_samples": "tests/test_step.py follows the samples",
+}
 ONE_STEP_NAMES = {"temperature": "generator_temperature"}
 ONE_STEP_FIELDS = [f.name for f in dataclasses.fields(OneStep) if f.name != "section"]  # wording
 

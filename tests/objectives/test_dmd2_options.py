@@ -56,6 +56,7 @@ FLIPS = {
 }
 ELSEWHERE = {
   "fake_rounds": "tests/test_step.py counts the rounds",
+  "reuse_samples": "tests/test_step.py follows the samples",
   "image_shape": "the shape of everything",
 }
 
@@ -508,6 +509,8 @@ def test_frozen_parts_of_the_fake_score_are_used(nets):
 
 
 def test_forward_equivalents_count_the_passes():
+  reused, fresh = (dmd2(**FOUR, reuse_samples=reuse).forward_equivalents for reuse in (True, False))
+  assert fresh["generator"] == reused["generator"] + 1 + 3 / 2  # simulated from 0 .. 3 steps before
   plain = dmd2(**NO_GAN).forward_equivalents
   assert plain == {"generator": 7, "teacher": 1, "fake_score": 1 + 15}
   more = dmd2(**NO_GAN, **FOUR, teacher_guidance=2.0).forward_equivalents

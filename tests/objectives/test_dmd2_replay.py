@@ -383,7 +383,7 @@ class Replay(NamedTuple):
   parameters: dict[str, list[Tensors]]  # after each update
 
 
-@pytest.fixture(scope="module", params=["a", "b"])
+@pytest.fixture(scope="module", params=[pytest.param("a", marks=pytest.mark.ci), "b"])
 def replay(request, golden):
   recording = Recording(golden(f"08_dmd2_edm_train_{request.param}"))
   specs, txs = {}, {}
