@@ -33,7 +33,9 @@ _DEVICE_MEMORY_GIB = flags.DEFINE_float(
   "device_memory_gib", None, "--mode=plan: memory of each, to say what fits."
 )
 _TARGET = flags.DEFINE_string(
-  "target", "", "--mode=plan: compile for this TPU topology, as v5e:4x4, instead of estimating."
+  "target",
+  "",
+  "--mode=plan: compile instead of estimating, for v5e:4x4, two slices v5e:4x4*2, or cpu:8.",
 )
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
   "coordinator_address",

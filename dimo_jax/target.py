@@ -1,7 +1,8 @@
 """The iteration compiled for devices that are not here: `--mode=plan --target=v5e:4x4`.
 
-PyPI's libtpu compiles for a described topology on any machine, and `cpu:8` stands for so many CPU
-devices; nothing runs. What it says of memory is the compiler's own account, for one device.
+PyPI's libtpu compiles for a described topology on any machine; `v5e:4x4*2` is two slices of it, and
+`cpu:8` so many CPU devices. Nothing runs. What is said of memory is the compiler's own account, for
+one device.
 """
 
 import json
@@ -9,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +33,9 @@ _CALL = re.compile(
   r"\b(?:body|calls|to_apply|(?:true|false)_computation|branch_computations)="
   r"(\{[^}]*\}|%?[\w.\-]+)"
 )
+_CONDITION = re.compile(r" while\(.*\bcondition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_BELOW = re.compile(r"ROOT .* compare\(\S+, %?([\w.\-]+)\), direction=LT")
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _SHAPE = re.compile(r"\b(?P<dtype>pred|[a-z]+\d+)(?:e\dm\d\w*)?\[(?P<sizes>[\d,]*)\]")
 
@@ -54,13 +58,19 @@ def devices(target: str) -> list[jax.Device]:
 
 
 def _tpu_devices(target: str) -> list[jax.Device]:
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # it would ask the cloud which machine this is
+  topology, _, num_slices = target.partition("*")
+  slices = {"num_slices": int(num_slices)} if num_slices.isdigit() else {}
+  # Without these libtpu asks the cloud which machine this is, and complains of no answer.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   try:
     import libtpu  # noqa: F401
   except ImportError as error:
     raise UserError(f"--target={target!r} needs libtpu: pip install libtpu") from error
   try:
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=target).devices)
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **slices)
+    return list(found.devices)
   except Exception as error:  # of kinds that the plugin chooses
     reason = (str(error).splitlines() or [repr(error)])[0]
     raise UserError(f"--target={target!r} must be a TPU topology, as v5e:4x4: {reason}") from error
@@ -70,7 +80,7 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
   """{kind: {"count", "bytes"}} of the collective operations that a compiled program executes.
 
   Bytes are those of the results, on one device. What lies in a loop's body counts once for each of
-  its turns, as the compiler knows them, or once where it does not.
+  its turns, or once where their number cannot be read.
   """
   computations, entry = _computations(hlo)
   found: dict[str, dict[str, int]] = {}
@@ -82,10 +92,10 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
         row = found.setdefault(match["kind"], {"count": 0, "bytes": 0})
         row["count"] += times
         row["bytes"] += times * _result_bytes(match)
-      turns = _TRIP_COUNT.search(line)
+      turns = _turns(line, computations)
       for callee in _callees(line):
         if callee in computations:
-          visit(callee, times * (int(turns[1]) if turns else 1))
+          visit(callee, times * turns)
 
   if entry:
     visit(entry, 1)
@@ -105,6 +115,18 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     elif name:
       computations[name].append(line)
   return computations, entry
+
+
+def _turns(line: str, computations: Mapping[str, list[str]]) -> int:
+  """How often an instruction runs what it calls: a loop as often as is written beside it, or as its
+  condition bounds the counter (those of `jax.lax.scan` count from 0); all else once.
+  """
+  known, condition = _TRIP_COUNT.search(line), _CONDITION.search(line)
+  if known:
+    return int(known[1])
+  text = "\n".join(computations.get(condition[1], [])) if condition else ""
+  values, below = dict(_CONSTANT.findall(text)), _BELOW.search(text)
+  return int(values[below[1]]) if below and below[1] in values else 1
 
 
 def _callees(line: str) -> Iterator[str]:

@@ -96,7 +96,8 @@ class Loop:
     try:
       for step in range(start + 1, self._num_steps + 1):
         batch = next(stream)
-        state, metrics = self._profile.call(step, step_fn, state, constants, batch, base_key)
+        with jax.transfer_guard("disallow"):  # nothing waits for a host's array unseen
+          state, metrics = self._profile.call(step, step_fn, state, constants, batch, base_key)
         if pending:
           self._record(writer, *pending)
         due = functools.partial(self._due, step)

@@ -16,12 +16,11 @@ from dimo_jax.types import UserError
 from dimo_jax.writers import read_metrics
 
 
-def run(directory, skips=(), *, num_steps=8, spoils=False, train=None, **log):
+def run(directory, skips=(), *, num_steps=8, spoils=False, on_host=False, **log):
   """Runs the loop on a number that counts the sound steps; steps in `skips` are skipped."""
   config = debug.get_config()
   config.log.update(every_steps=2, checkpoint_every_steps=3, keep_checkpoints=9)
   config.log.update(log)
-  config.train.update(train or {})
   config.health.max_skipped = 3
   experiment = build(config)
   rows = jnp.asarray([step in skips for step in range(num_steps + 1)])
@@ -42,7 +41,12 @@ def run(directory, skips=(), *, num_steps=8, spoils=False, train=None, **log):
 
   key = jax.device_put(jax.random.key(0), replicated(experiment.mesh))
   loop = Loop(experiment, directory, "stage", num_steps)
-  return loop.run(step_fn, make_state, {}, lambda start: iter(range(start + 1, 99)), key)
+
+  def batches(start):
+    numbers = (np.int32(i) for i in range(start + 1, 99))
+    return numbers if on_host else jax.device_put(tuple(numbers), replicated(experiment.mesh))
+
+  return loop.run(step_fn, make_state, {}, lambda start: iter(batches(start)), key)
 
 
 def saved(directory):
@@ -103,3 +107,8 @@ def test_chosen_steps_are_profiled(tmp_path, capsys):
 def test_impossible_profiles_are_refused(steps):
   with pytest.raises(UserError, match=r"log\.profile_steps=.*must be"):
     check_profile_steps(steps)
+
+
+def test_no_step_takes_an_array_from_the_host(tmp_path):
+  with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+    run(tmp_path, on_host=True)

@@ -35,6 +35,12 @@ HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f3
   %never = f32[9]{0} all-gather(%h)
 }
 
+%bounded (p: (s32[], f32[4])) -> pred[] {
+  %one = s32[]{:T(128)} constant(99)
+  %constant.7.clone = s32[]{:T(128)} constant(24)
+  ROOT %lt.2 = pred[]{:T(512)} compare(%counter, %constant.7.clone), direction=LT, metadata={x="y"}
+}
+
 %unused (p: f32[4]) -> f32[4] {
   %never.2 = f32[9]{0} all-gather(%h)
 }
@@ -49,6 +55,7 @@ ENTRY %main (a: f32[8], b: f32[2]) -> f32[] {
   %w = (s32[]) while(%q), condition=%cond, body=%body, \
 backend_config={"known_trip_count":{"n":"3"},"x":1}
   %v = (s32[], f32[4]) while(%q), condition=%cond, body=%turned
+  %y = (s32[], f32[4]) while(%q), condition=%bounded, body=%turned
   %n = f8e4m3fn[10]{0} reduce-scatter(%h), to_apply=%add
   %c = f32[4]{0} conditional(%i, %j, %k), branch_computations={%turned, %inner.1}
   ROOT %u = f32[] add(%one, %two)
@@ -62,7 +69,7 @@ def test_collectives_are_counted_with_the_bytes_of_their_results():
     "all-reduce": {"count": 9, "bytes": in_loops + (4 * 8 + 2 * 6) + (4 * 6 + 3)},
     "all-gather": {"count": 2, "bytes": 4 * 64 + (4 * 4 + 4 * 2)},
     "collective-permute": {"count": 1, "bytes": 16},
-    "all-to-all": {"count": 3 * 2 + 2, "bytes": 8 * 5},
+    "all-to-all": {"count": 3 * 2 + 2 + 24, "bytes": 32 * 5},
     "reduce-scatter": {"count": 1, "bytes": 10},
   }
   assert (
