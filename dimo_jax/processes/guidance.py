@@ -29,7 +29,8 @@ def guided(
   null_condition: Condition,
   scale: float | Float[Array, ""] | Float[Array, " b"],
 ) -> Array:
-  """`u + scale (c - u)` in float32, by one forward pass over the doubled batch.
+  """`u + scale (c - u)` in float32, by one forward pass over the doubled batch, in which a sample's
+  two sides stay together: a batch that is split over devices needs no communication.
 
   A static scale of 1 means no guidance and costs one conditional pass. A traced or per-sample
   scale always takes both passes. Source: Ho and Salimans, arXiv:2207.12598.
@@ -42,10 +43,16 @@ def guided(
   """
   if isinstance(scale, int | float) and scale == 1:
     return predict_fn(inputs, condition).astype(jnp.float32)
-  both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), condition, null_condition)
-  doubled = jax.tree.map(lambda x: jnp.concatenate([x, x]), inputs)
+  both = jax.tree.map(_interleaved, condition, null_condition)
+  doubled = jax.tree.map(lambda x: _interleaved(x, x), inputs)
   outputs = predict_fn(doubled, both).astype(jnp.float32)
-  conditional, unconditional = jnp.split(outputs, 2)
+  outputs = outputs.reshape(-1, 2, *outputs.shape[1:])
+  conditional, unconditional = outputs[:, 0], outputs[:, 1]
   scale = jnp.asarray(scale, jnp.float32)
-  scale = scale.reshape(scale.shape + (1,) * (outputs.ndim - scale.ndim))
+  scale = scale.reshape(scale.shape + (1,) * (conditional.ndim - scale.ndim))
   return unconditional + scale * (conditional - unconditional)
+
+
+def _interleaved(one: Array, other: Array) -> Array:
+  """`one[0], other[0], one[1], other[1], ...` along the first axis."""
+  return jnp.stack([one, other], axis=1).reshape(-1, *one.shape[1:])
