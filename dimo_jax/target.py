@@ -64,6 +64,7 @@ def _tpu_devices(target: str) -> list[jax.Device]:
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here holds a device
   try:
     import libtpu  # noqa: F401
   except ImportError as error:
