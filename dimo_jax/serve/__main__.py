@@ -90,16 +90,17 @@ def _bind(host: str, port: int) -> socket.socket:
   """
   if not 0 <= port < 2**16:
     raise UserError(f"--port={port} must lie in 0 .. {2**16 - 1}; 0 takes a free one")
-  try:
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    if os.name == "posix":
-      bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(address)
-  except OSError as error:
-    raise UserError(
-      f"--host={host!r} --port={port} cannot be served: {error.strerror}; --port=0 takes a free one"
-    ) from error
+  with contextlib.ExitStack() as stack:
+    try:
+      family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+      bound = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+      if os.name == "posix":
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      bound.bind(address)
+    except OSError as error:
+      reason = f"{error.strerror}; --port=0 takes a free one"
+      raise UserError(f"--host={host!r} --port={port} cannot be served: {reason}") from error
+    stack.pop_all()
   return bound
 
 

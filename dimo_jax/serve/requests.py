@@ -1,7 +1,6 @@
 """What the page may ask for, and what is wrong with what it asks."""
 
 import dataclasses
-import math
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -105,7 +104,7 @@ def _temperature(temperature: Any, name: str, own: float | None) -> float | None
     return own
   lowest, highest = TEMPERATURES
   is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
-  if not is_number or math.isnan(temperature) or not lowest <= temperature <= highest:
+  if not is_number or not lowest <= temperature <= highest:
     wanted = f"must be a number in {lowest:g} .. {highest:g}"
     raise UserError(f"temperature={reprlib.repr(temperature)} {wanted}")
   return float(temperature)
