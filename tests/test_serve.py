@@ -394,7 +394,7 @@ def _draw(page, url, width):
   loaded = "[...document.images].every(i => i.complete && i.naturalWidth > 0)"
   page.wait(f"document.images.length === 4 && {loaded}")
   assert page.run("document.documentElement.scrollWidth") == width
-  assert "times as fast" in page.run("document.getElementById('summary').textContent")
+  assert "times as long" in page.run("document.getElementById('summary').textContent")
   assert re.fullmatch(
     r"[\d.]+ m?s for 2 pictures", page.run("document.querySelector('.latency').innerText")
   )

@@ -87,9 +87,8 @@ function summarise(answers) {
   if (answers.length < 2) return "";
   const [student, teacher] = answers.map((answer) => answer.seconds);
   const ratio = teacher / student;
-  const [fast, slow] = ratio >= 1 ? panels : [...panels].reverse();
-  return `Same classes and seeds; the ${fast.dataset.name} was ` +
-    `${Math.max(ratio, 1 / ratio).toPrecision(2)} times as fast as the ${slow.dataset.name}.`;
+  const times = ratio >= 100 ? Math.round(ratio) : ratio.toPrecision(2);
+  return `Same classes and seeds; this time the teacher took ${times} times as long.`;
 }
 
 async function draw() {
