@@ -274,7 +274,7 @@ def controls(models):
   return set(re.findall(r'<(?:input|select) id="(\w+)"', html))
 
 
-def test_only_controls_that_do_something_are_shown(recorder, workdir, tmp_path):
+def test_only_controls_that_do_something_are_shown(recorder):
   recorder.role = "generator"
   one = Model(recorder, (4,))
   assert controls({"student": one}) == {"labels", "seed", "temperature"}
