@@ -46,6 +46,9 @@ def get_config() -> ConfigDict:
   # have it.
   data.image_size = 0
   data.pairs = ""  # noise-image pairs made by --mode=pairs, for dmd2.regression_weight
+  # Codes of the training images that `python -m dimo_jax.encode` wrote, for a teacher to be trained
+  # on; "" encodes the images of every batch.
+  data.tokens = ""
   data.flip = False  # mirror training images at random (DMD2 on ImageNet-64 does)
   # Threads that read ahead, each a whole batch. Small images in memory are read under the
   # interpreter's lock, where more than one only wait for each other; files to decode want several.

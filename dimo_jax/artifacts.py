@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -30,9 +31,11 @@ from dimo_jax.evaluation.pictures import to_uint8
 from dimo_jax.recipe import Recipe, of_sizes
 from dimo_jax.remote import local_path
 from dimo_jax.samplers import Sampler
+from dimo_jax.samplers.maskgit import MaskGit
+from dimo_jax.samplers.one_step import OneStep
 from dimo_jax.sharding import make_mesh, replicated, shard_batch
-from dimo_jax.state import merge, split
-from dimo_jax.types import Array, Int, Params, UInt8, UInt32, UserError
+from dimo_jax.state import NetworkState, merge, split
+from dimo_jax.types import Array, Float, Int, Params, UInt8, UInt32, UserError
 
 PARAMS_FOLDER = "params"  # linen: an orbax checkpoint of {"network", "tokenizer"}
 # torch: the published key names, where the original code looks; our decoder beside them.
@@ -44,8 +47,9 @@ PROGRAM_FILE, WEIGHTS_FILE = "program.bin", "weights.safetensors"  # stablehlo
 _MAX_BATCH_SIZE = 64  # images of one call of the network, unless told otherwise
 
 Weights = Mapping[str, Params]  # {"network": ..., "tokenizer": ...}
-# (weights, labels int32 [b], seeds uint32 [b], indices uint32 [b]) -> uint8 images, or tokens
-SampleFn = Callable[[Any, Array, Array, Array], Array]
+# (weights, labels int32 [b], seeds uint32 [b], indices uint32 [b]) -> uint8 images, or tokens; a
+# tempered one takes temperatures float32 [b] too.
+SampleFn = Callable[..., Array]
 
 
 class Samples(NamedTuple):
@@ -56,20 +60,45 @@ class Samples(NamedTuple):
   compile_seconds: float
 
 
-def sample_fn(models: Models, sampler: Sampler, *, tokens: bool = False) -> SampleFn:
-  """The function that samples a batch: images, or the tokens they would be decoded from."""
+def sample_fn(
+  models: Models, sampler: Sampler, *, tokens: bool = False, tempered: bool = False
+) -> SampleFn:
+  """The function that samples a batch: images, or the tokens they would be decoded from.
+
+  Args:
+    tempered: whether every row brings the temperature of its tokens, in place of the sampler's.
+  """
+  if tempered:
+    assert isinstance(sampler, OneStep | MaskGit)  # others have no temperature
+    sampler = dataclasses.replace(sampler, temperature=1.0)
 
   def one(
-    weights: Weights, label: Int[Array, ""], seed: UInt32[Array, ""], index: UInt32[Array, ""]
+    weights: Weights,
+    label: Int[Array, ""],
+    seed: UInt32[Array, ""],
+    index: UInt32[Array, ""],
+    temperature: Float[Array, ""] | None = None,
   ) -> Array:
     network = models.teacher.frozen_state(weights["network"], weights["tokenizer"])
+    if temperature is not None:
+      network = _tempered(network, temperature)
     key = jax.random.fold_in(jax.random.key(seed), index)
     encoded = sampler.sample(network, {"class_id": label[None]}, key)
     if tokens:
       return encoded[0]
     return to_uint8(models.tokenizer.decode(network.autoencoder, encoded))[0]
 
-  return jax.vmap(one, in_axes=(None, 0, 0, 0))
+  return jax.vmap(one, in_axes=(None, *[0] * (4 if tempered else 3)))
+
+
+def _tempered(network: NetworkState, temperature: Float[Array, ""]) -> NetworkState:
+  """The same with its logits divided, before guidance and filters."""
+  apply_fn = network.apply_fn
+
+  def divided(*arguments: Any, **options: Any) -> Array:
+    return apply_fn(*arguments, **options).astype(jnp.float32) / temperature
+
+  return network.replace(apply_fn=divided)
 
 
 class Artifact(abc.ABC):
@@ -83,6 +112,8 @@ class Artifact(abc.ABC):
       the label 0.
     num_steps: of one sample, where `steps` does not say otherwise.
     image_shape: (height, width, channels); None where there is no decoder.
+    temperature: of the drawn tokens, which `batch_fn` may change; None where there is none, or it
+      is fixed.
   """
 
   name: str
@@ -91,6 +122,7 @@ class Artifact(abc.ABC):
   num_classes: int
   num_steps: int
   image_shape: tuple[int, int, int] | None
+  temperature: float | None
 
   def sample(
     self,
@@ -121,11 +153,7 @@ class Artifact(abc.ABC):
     batch_size: int | None = None,
   ) -> Samples:
     """As `sample`, with seconds."""
-    if self.image_shape is None:
-      raise UserError(
-        f"{self.name} makes tokens and holds no decoder; name its VQGAN with --tokenizer=PATH, or"
-        " load(..., tokenizer=PATH)"
-      )
+    self._check_decoder()
     return self._run(labels, seed, steps, batch_size, tokens=False)
 
   def sample_tokens(
@@ -145,9 +173,52 @@ class Artifact(abc.ABC):
       raise UserError(f"{self.name} is {self.kind}: it has no tokens")
     return self._run(labels, seed, steps, batch_size, tokens=True).outputs
 
+  def batch_fn(self, num: int, steps: int | None = None) -> tuple[int, Callable[..., Array]]:
+    """Compiles what samples unrelated rows together.
+
+    Args:
+      num: rows wanted.
+      steps: as in `sample`.
+
+    Returns:
+      (b, f), where b is `num` or somewhat more, and f maps labels int32 [b], seeds uint32 [b] and
+      indices uint32 [b], with a `temperature` also temperatures float32 [b], to images uint8
+      [b, h, w, c]. A row is image number `index` of `sample` with its seed.
+
+    Raises:
+      UserError: other steps than it can take, or no decoder for the tokens.
+    """
+    self._check_decoder()
+    self._check_steps(steps)
+    return self._compile(num, steps or self.num_steps, False, self.temperature is not None)
+
+  @property
+  def default_batch_size(self) -> int:
+    """Images at a time unless told otherwise: 64, fewer of large images."""
+    pixels = math.prod(self.image_shape[:2]) if self.image_shape else 1
+    fitting = max(1, PIXELS_PER_DEVICE // pixels) * jax.local_device_count()
+    return min(_MAX_BATCH_SIZE, fitting)
+
   @abc.abstractmethod
-  def _compile(self, num: int, steps: int, tokens: bool) -> tuple[int, Callable[..., Array]]:
-    """(batch size of at least `num`, `(labels, seeds, indices) -> outputs` for such batches)."""
+  def _compile(
+    self, num: int, steps: int, tokens: bool, tempered: bool
+  ) -> tuple[int, Callable[..., Array]]:
+    """(batch size of at least `num`, `(labels, seeds, indices) -> outputs` for such batches);
+    tempered, the function takes temperatures too.
+    """
+
+  def _check_decoder(self) -> None:
+    if self.image_shape is None:
+      raise UserError(
+        f"{self.name} makes tokens and holds no decoder; name its VQGAN with --tokenizer=PATH, or"
+        " load(..., tokenizer=PATH)"
+      )
+
+  def _check_steps(self, steps: int | None) -> None:
+    if steps is not None and steps < 1:
+      raise UserError(f"steps={steps} must be 1 or more")
+    if steps not in (None, self.num_steps) and self.role == "generator":
+      raise UserError(f"steps={steps} is for teachers; {self.name} takes {self.num_steps}")
 
   def _run(
     self,
@@ -162,17 +233,12 @@ class Artifact(abc.ABC):
     if not 0 <= seed < NUM_SEEDS:
       raise UserError(f"seed={seed} must lie in 0 .. {NUM_SEEDS - 1}")
     if batch_size is None:
-      pixels = math.prod(self.image_shape[:2]) if self.image_shape else 1
-      fitting = max(1, PIXELS_PER_DEVICE // pixels) * jax.local_device_count()
-      batch_size = min(_MAX_BATCH_SIZE, fitting)
+      batch_size = self.default_batch_size
     if batch_size < 1:
       raise UserError(f"batch_size={batch_size} must be 1 or more")
-    if steps is not None and steps < 1:
-      raise UserError(f"steps={steps} must be 1 or more")
-    if steps not in (None, self.num_steps) and self.role == "generator":
-      raise UserError(f"steps={steps} is for teachers; {self.name} takes {self.num_steps}")
+    self._check_steps(steps)
     began = time.perf_counter()
-    size, call = self._compile(min(batch_size, len(labels)), steps or self.num_steps, tokens)
+    size, call = self._compile(min(batch_size, len(labels)), steps or self.num_steps, tokens, False)
     compiled = time.perf_counter()
     outputs = []
     for start in range(0, len(labels), size):
@@ -245,24 +311,30 @@ class NetworkArtifact(Artifact):
     self.parts, self.models = parts, models
     self.sampler = parts.sampler(models)
     self.num_steps = self.sampler.num_steps
+    sampler = self.sampler
+    self.temperature = sampler.temperature if isinstance(sampler, OneStep | MaskGit) else None
     _check_shapes(parts, models)
     self._mesh = make_mesh(devices=jax.local_devices())
     self._weights = jax.device_put(dict(parts.weights), replicated(self._mesh))
-    self._compiled: dict[tuple[int, int, bool], Callable[..., Array]] = {}
+    self._compiled: dict[tuple[int, int, bool, bool], Callable[..., Array]] = {}
 
-  def _compile(self, num: int, steps: int, tokens: bool) -> tuple[int, Callable[..., Array]]:
+  def _compile(
+    self, num: int, steps: int, tokens: bool, tempered: bool
+  ) -> tuple[int, Callable[..., Array]]:
     size = -(-num // self._mesh.size) * self._mesh.size
-    if (size, steps, tokens) not in self._compiled:
+    variant = size, steps, tokens, tempered
+    if variant not in self._compiled:
       sampler = self.sampler
       if steps != self.num_steps:
         sampler = dataclasses.replace(self.models.decoding, num_steps=steps)
-      batch = np.zeros(size, np.int32), *[np.zeros(size, np.uint32)] * 2
-      function = jax.jit(sample_fn(self.models, sampler, tokens=tokens))
+      types = (np.int32, np.uint32, np.uint32, *[np.float32] * tempered)
+      batch = tuple(np.zeros(size, kind) for kind in types)
+      function = jax.jit(sample_fn(self.models, sampler, tokens=tokens, tempered=tempered))
       compiled = function.lower(self._weights, *shard_batch(batch, self._mesh)).compile()
-      self._compiled[size, steps, tokens] = lambda *batch: compiled(
+      self._compiled[variant] = lambda *batch: compiled(
         self._weights, *shard_batch(batch, self._mesh)
       )
-    return size, self._compiled[size, steps, tokens]
+    return size, self._compiled[variant]
 
 
 class ProgramArtifact(Artifact):
@@ -274,7 +346,7 @@ class ProgramArtifact(Artifact):
 
     self.name, self.role, self.kind = name, manifest["role"], manifest["kind"]
     self.num_classes, self.num_steps = manifest["num_classes"], manifest["num_steps"]
-    self.image_shape = tuple(manifest["image_shape"])
+    self.image_shape, self.temperature = tuple(manifest["image_shape"]), None
     self.program, self.weights = export.deserialize(bytearray(program)), jax.device_put(weights)
     self._compiled: dict[int, Callable[..., Array]] = {}
 
@@ -282,8 +354,10 @@ class ProgramArtifact(Artifact):
     """Raises UserError: the program decodes them."""
     raise UserError(f"{self.name} is a program that makes images, not tokens")
 
-  def _compile(self, num: int, steps: int, tokens: bool) -> tuple[int, Callable[..., Array]]:
-    del steps, tokens
+  def _compile(
+    self, num: int, steps: int, tokens: bool, tempered: bool
+  ) -> tuple[int, Callable[..., Array]]:
+    del steps, tokens, tempered
     if num not in self._compiled:
       batch = np.zeros(num, np.int32), *[np.zeros(num, np.uint32)] * 2
       compiled = jax.jit(self.program.call).lower(self.weights, *batch).compile()

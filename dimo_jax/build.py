@@ -155,6 +155,12 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Experi
     check_batch(config.teacher.pretrain.batch_size, mesh, "teacher.pretrain.batch_size")
     pretrain_optimizer.check(pretrain_steps, "teacher.pretrain.optim")
 
+  elif config.data.tokens:
+    raise UserError(
+      f"data.tokens={config.data.tokens!r} is what a teacher is trained on, and teacher.path="
+      f"{config.teacher.path!r} is one already; leave one of them empty"
+    )
+
   if objective.uses_pairs != bool(config.data.pairs):
     raise UserError(
       f"data.pairs={config.data.pairs!r} goes with dmd2.regression_weight: set both or neither"

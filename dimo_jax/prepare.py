@@ -25,6 +25,7 @@ from dimo_jax.checkpoint import (
 from dimo_jax.convert import edm, families, files, maskgit
 from dimo_jax.convert.files import Archive
 from dimo_jax.data.sources import Source
+from dimo_jax.data.tokens import TokenSource, describe, load_tokens
 from dimo_jax.distributed import exists, on_first
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
@@ -109,6 +110,42 @@ def keep_tokenizer(workdir: Path, params: Params) -> None:
     (workdir / "tokenizer").mkdir(parents=True, exist_ok=True)
     path = workdir / "tokenizer" / _GIVEN_TOKENIZER_FILE
     on_first(lambda: save_params(path, params, {}))
+
+
+def check_encodable(experiment: Experiment) -> None:
+  """Raises UserError unless the training images have codes that no run has to fit first."""
+  name = experiment.config.tokenizer.name
+  if experiment.tokenizer.needs_images or not (
+    experiment.has_pictures and experiment.tokenizer.codebook_size
+  ):
+    raise UserError(f"codes are of a given tokenizer, 'vqgan'; tokenizer.name={name!r}")
+  if experiment.train_source is None:
+    raise UserError(f"data.name={experiment.config.data.name!r} has no images to encode")
+
+
+def codes_settings(experiment: Experiment, tokenizer_params: Params) -> dict[str, Any]:
+  """What the codes of the training images depend on."""
+  grid = experiment.tokenizer.grid
+  return describe(
+    experiment.source("train").labels,
+    grid[0] * grid[1],
+    params_hash(tokenizer_params),
+    experiment.config.precision.compute_dtype,
+  )
+
+
+def training_source(experiment: Experiment, tokenizer_params: Params) -> Source | TokenSource:
+  """What the teacher is trained on: images, or their codes where `data.tokens` names them.
+
+  Raises:
+    UserError: the codes are of other images or another tokenizer.
+  """
+  source, data = experiment.source("train"), experiment.config.data
+  if not data.tokens:
+    return source
+  check_encodable(experiment)
+  wanted = codes_settings(experiment, tokenizer_params)
+  return load_tokens(data.tokens, wanted, source.labels, data.flip)
 
 
 def run_tokenizer(tokenizer: Tokenizer, config: ml_collections.ConfigDict, workdir: Path) -> Params:
@@ -399,7 +436,7 @@ def _network_sections(experiment: Experiment) -> tuple[str, ...]:
 
 def flat_fields(config, *names: str) -> dict:
   """`a.b.c` names and values of the named sections or fields of a config, but for where the
-  tokenizer's file lies and how memory is saved.
+  tokenizer's file and the images' codes lie, and how memory is saved.
   """
   fields: dict[str, Any] = {}
   for name in names:
@@ -411,6 +448,7 @@ def flat_fields(config, *names: str) -> dict:
       fields |= {f"{name}.{key}": item for key, item in flat.items()}
     else:
       fields[name] = value
-  for name in ("tokenizer.path", "model.remat", "denoiser.remat", "train.ema_memory"):
+  saved = "model.remat", "denoiser.remat", "train.ema_memory"
+  for name in ("tokenizer.path", "data.tokens", *saved):
     fields.pop(name, None)
   return fields

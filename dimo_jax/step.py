@@ -35,13 +35,16 @@ def pretrain_step(
     tokenizer: encodes images to what the teacher models (tokens, latents, the images themselves)
       with `tokenizer_params`.
     ema_decay: limit of the moving average's rate.
-    batch: {"image": [b, h, w, c] in [-1, 1], "class_id": [b]}.
+    batch: {"image": [b, h, w, c] in [-1, 1], "class_id": [b]}, or with what the images are encoded
+      to as "tokens" in their place.
     base_key: the run's key; this update's is `fold_in(base_key, updates done)`.
   """
   network = state.network
   key = jax.random.fold_in(base_key, network.step)
   draws = objective.draw(key, batch["class_id"].shape[0])
-  encoded = tokenizer.encode(tokenizer_params, batch["image"])
+  encoded = batch.get("tokens")
+  if encoded is None:
+    encoded = tokenizer.encode(tokenizer_params, batch["image"])
   (_, metrics), grads = jax.value_and_grad(objective.loss, has_aux=True)(
     network.params, network, encoded, batch, draws
   )

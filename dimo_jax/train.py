@@ -202,9 +202,11 @@ def _pretrain(experiment: Experiment, directory: Path, tokenizer_params: Params)
     on_host(experiment),
   )
 
+  source = prepare.training_source(experiment, tokenizer_params)
+
   def batches(start: int) -> Iterator[Any]:
     stream = image_batches(
-      experiment.source("train"),
+      source,
       batch_size=pretrain.batch_size,
       rows=local_rows(pretrain.batch_size, mesh),
       seed=experiment.config.seed,

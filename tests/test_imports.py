@@ -38,7 +38,7 @@ hooks start artifacts
 judges
 run_judge
 train
-sample evaluate benchmark pairs study card plan
+sample evaluate benchmark pairs study card plan serve encode
 export target
 main
 """

@@ -10,12 +10,13 @@ import grain
 import numpy as np
 
 from dimo_jax.data.sources import PairSource, Source
+from dimo_jax.data.tokens import TokenSource
 
 __all__ = ["condition_batches", "image_batches"]
 
 
 def image_batches(
-  source: Source | PairSource,
+  source: Source | PairSource | TokenSource,
   *,
   batch_size: int,
   seed: int,
@@ -25,7 +26,7 @@ def image_batches(
   rows: np.ndarray | None = None,
   flip: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Batches of steps start_step .. start_step + num_steps - 1, numpy, of images or pairs.
+  """Batches of steps start_step .. start_step + num_steps - 1, numpy, of images, codes or pairs.
 
   Every epoch is a new uniform order in which each sample comes once. Batches run on across the end
   of an epoch, so no sample is dropped and `batch_size` may exceed `len(source)`.
@@ -71,8 +72,11 @@ class _Rows:
 
 
 def _flip(sample: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-  image = sample["image"]
-  return sample | {"image": image[:, ::-1] if rng.random() < 0.5 else image}
+  mirrored = rng.random() < 0.5
+  if "mirrored_tokens" in sample:
+    tokens = sample["mirrored_tokens" if mirrored else "tokens"]
+    return {"tokens": tokens, "class_id": sample["class_id"]}
+  return sample | {"image": sample["image"][:, ::-1]} if mirrored else sample
 
 
 def condition_batches(

@@ -1,0 +1,1 @@
+"""A page to draw with: what is asked for, how it is batched, and the web application."""
