@@ -48,7 +48,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 	@rm -f $@ $(VENV)/.installed-dev $(VENV)/.installed-docs
 	@echo "Installing into $(VENV), about a minute and 1.2 GB ..."
 	@$(PIP) install -r requirements.txt
-	@$(PIP) install --no-deps -e .
+	@$(PIP) install --no-deps --config-settings editable_mode=compat -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt

@@ -393,14 +393,14 @@ def read_run(
   workdir: Path,
   experiment: Experiment | None = None,
   *,
-  best: bool = False,
+  checkpoint: str = "last",
   average: bool = True,
 ) -> Run:
   """The generator of a workdir, which is only read; no data set is opened.
 
   Args:
     experiment: of a config that is to be used in place of the recorded one.
-    best: the best evaluated checkpoint instead of the newest readable one.
+    checkpoint: "last", the newest that can be read, "best", the best evaluated, or a step.
     average: the moving average of the weights instead of the weights themselves.
 
   Raises:
@@ -419,9 +419,7 @@ def read_run(
   generator = {"frozen": frozen, "step": number} | ({} if average else {"params": trainable})
   part = {"generator": generator, "clock": number} | ({"ema": trainable} if average else {})
   checkpoints = Checkpoints(workdir / "distill" / "checkpoints", read_only=True)
-  step = checkpoints.best_step() if best else None
-  if best and step is None:
-    raise UserError(f"--workdir={str(workdir)!r} holds no evaluated checkpoint; use the last one")
+  step = checkpoints.find_step(checkpoint)
   mesh = make_mesh(devices=jax.local_devices())
   restored = checkpoints.restore(part, mesh, (), step, partial=True)
   checkpoints.close()

@@ -147,7 +147,7 @@ they were trained to be sampled.
 `stablehlo/` is a program for JAX that needs no code of this project:
 
     pip install jax flatbuffers safetensors
-    python stablehlo/sample.py 3,1,4 0 samples.npy
+    python stablehlo/sample.py 3 1 4 --seed=0 --out=samples.npy
 
 It takes the weights, class ids, seeds and indices of the images. It was lowered for CPU, CUDA and
 TPU. The tests of dimo_jax run such programs on CPUs; for CUDA and TPU nothing but the lowering was

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -193,6 +194,21 @@ class Checkpoints:
     """The newest step, if there is one."""
     return self._manager.latest_step()
 
+  def find_step(self, which: str) -> int | None:
+    """The step that "best" or a number names; None for "last", the newest that can be read.
+
+    Raises:
+      UserError: none was evaluated.
+    """
+    if which == "last":
+      return None
+    step = self.best_step() if which == "best" else int(which)
+    if step is None:
+      raise UserError(
+        f"{self._directory.parents[1]} holds no evaluated checkpoint; take --checkpoint=last"
+      )
+    return step
+
   def best_step(self) -> int | None:
     """The step with the best evaluation, if any was evaluated."""
     return self._manager.best_step()
@@ -201,6 +217,12 @@ class Checkpoints:
     """Waits for a checkpoint under way."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def check_which(which: str) -> None:
+  """Raises UserError where no checkpoint is meant by it."""
+  if which not in ("last", "best") and not which.isdigit():
+    raise UserError(f"--checkpoint={which!r} must be last, best or a step such as 1000")
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -348,6 +370,9 @@ def save_params(path: Path, params: Params, metadata: Mapping[str, Any]) -> None
   flat = {k: np.ascontiguousarray(jax.device_get(v)) for k, v in flat.items()}
   temporary = path.with_name(path.name + ".tmp")
   save_file(flat, temporary, metadata={"dimo_jax": json.dumps(dict(metadata))})
+  mask = os.umask(0)  # safetensors' own files are for their owner alone
+  os.umask(mask)
+  temporary.chmod(0o666 & ~mask)
   temporary.replace(path)
 
 

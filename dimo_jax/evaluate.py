@@ -23,7 +23,7 @@ from dimo_jax.evaluation.generation import decode_images, encode_images
 from dimo_jax.evaluation.image_sets import SourceImages, open_images
 from dimo_jax.evaluation.inception import Inception
 from dimo_jax.evaluation.protocols import PROTOCOLS, Reference
-from dimo_jax.evaluation.published import PUBLISHED
+from dimo_jax.evaluation.published import PUBLISHED, PublishedProtocol
 from dimo_jax.evaluation.references import read_reference
 from dimo_jax.evaluation.report import console_table, versions, write_report
 from dimo_jax.hooks import evaluate_sampler, sampling_network
@@ -37,15 +37,17 @@ from dimo_jax.types import UserError, choose
 from dimo_jax.writers import read_metrics, say, write_atomically
 
 
-def evaluate_workdir(experiment: Experiment, workdir: Path, *, best: bool = False) -> None:
-  """Evaluates a trained workdir, its last or best student; without a protocol it says so."""
+def evaluate_workdir(experiment: Experiment, workdir: Path, *, checkpoint: str = "last") -> None:
+  """Evaluates a trained workdir, its last or best student or that of a step; without a protocol it
+  says so.
+  """
   name = experiment.config.evaluation.protocol
   if experiment.protocol is None and experiment.published is None:
     lacks = "" if name == "none" else ", and neither evaluation.inception nor .statistics given"
     say(f"evaluation: off (evaluation.protocol={name!r}{lacks})")
     return
   judge = RunJudge.of(experiment, workdir)
-  teacher, state = train.restore(experiment, workdir, best=best)
+  teacher, state = train.restore(experiment, workdir, checkpoint=checkpoint)
   if judge is not None:
     judge.finish(teacher, state)
     return
@@ -171,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
 
   def job(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:
     sub = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, job=name)
     return sub
 
   def network(sub: argparse.ArgumentParser, *own: str) -> None:
@@ -197,8 +199,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--per_class", action="store_true", help="own protocols: also by class")
     judged(sub, *PROTOCOLS)
 
-  def best(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--best", action="store_true", help="of a workdir: the best checkpoint")
+  def which(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+      "--checkpoint", dest="which", default="last", help="of a workdir: last, best or a step"
+    )
 
   sub = job("images", _images, "Evaluates a folder of images, or an .npz of them.")
   sub.add_argument("images", help="folder or .npz file")
@@ -213,15 +217,17 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = job("checkpoint", _checkpoint, "Samples a network and evaluates the images.")
   sub.add_argument("--steps", default="", help="of a teacher, as in 4,8,16")
-  best(sub)
+  which(sub)
   generated(sub)
   sub = job("sweep", _sweep, "Evaluates a network over values of a sampling setting.")
-  best(sub)
+  which(sub)
   sub.add_argument("--values", required=True, help="such as 1,3,5,7, of the --field without one")
   generated(sub)
   sub = job("watch", _watch, "Follows a training and evaluates each new checkpoint once.")
   sub.add_argument("--every_seconds", type=float, default=60.0, help="between two looks")
-  sub.add_argument("--until", type=int, default=0, help="ends once this step is done; 0: never")
+  sub.add_argument(
+    "--until", type=int, help="ends once this step is done; 0: never; else the training's last"
+  )
   generated(sub)
   sub = job("compare", _compare, "Writes one page that compares results.")
   sub.add_argument("results", nargs="+", help="workdirs with results.json, or files of results")
@@ -264,19 +270,34 @@ def _judge(arguments: argparse.Namespace) -> judges.AnyJudge:
       f"protocol={arguments.protocol!r} has its own number of images, statistics and network"
     )
   workdir = Path(arguments.classifier_from or arguments.checkpoint)
+  if not (workdir / "classifier").is_dir():
+    raise UserError(
+      f"protocol={arguments.protocol!r} needs a run's classifier, and {str(workdir)!r} has none:"
+      " name the run's workdir with --classifier_from"
+    )
   return judges.own_judge(
     arguments.protocol, workdir, arguments.batch_size, per_class=arguments.per_class
   )
 
 
+def _not_own(arguments: argparse.Namespace) -> PublishedProtocol:
+  """The published protocol of a job that takes no other."""
+  if arguments.protocol in PROTOCOLS:
+    raise UserError(
+      f"protocol={arguments.protocol!r} is for checkpoint, sweep and watch, whose run has its"
+      f" network; {arguments.job} takes one of {', '.join(PUBLISHED)}"
+    )
+  return choose(PUBLISHED, arguments.protocol, "protocol")
+
+
 def _images(arguments: argparse.Namespace) -> None:
-  choose(PUBLISHED, arguments.protocol, "protocol")
+  _not_own(arguments)
   images = open_images(arguments.images)
   jobs.evaluate_images(_published(arguments), images, arguments.out)
 
 
 def _stats(arguments: argparse.Namespace) -> None:
-  protocol = choose(PUBLISHED, arguments.protocol, "protocol")
+  protocol = _not_own(arguments)
   choose(dict.fromkeys(("folder", "npz", "tfds")), arguments.source, "source")
   size = protocol.image_size if arguments.crop else 0
   if arguments.source == "tfds":
@@ -300,7 +321,7 @@ def _fields(settings: list[str]) -> dict[str, Any]:
 
 def _load(arguments: argparse.Namespace, fields: Mapping[str, Any]) -> judges.AnyGenerator:
   return judges.load_generator(
-    arguments.checkpoint, best=arguments.best, tokenizer=arguments.tokenizer, fields=fields
+    arguments.checkpoint, which=arguments.which, tokenizer=arguments.tokenizer, fields=fields
   )
 
 

@@ -38,7 +38,7 @@ from dimo_jax.artifacts import (
 )
 from dimo_jax.build import Models, build
 from dimo_jax.card import card
-from dimo_jax.checkpoint import params_hash, save_params, save_tree
+from dimo_jax.checkpoint import check_which, params_hash, save_params, save_tree
 from dimo_jax.convert.files import FORMATS, MANIFEST
 from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.types import Params, UserError, choose
@@ -59,8 +59,8 @@ _OUT = flags.DEFINE_string("out", None, "Folder to make.", flag_values=_FLAGS)
 _RAW = flags.DEFINE_boolean(
   "raw", False, "The generator itself instead of its moving average.", flag_values=_FLAGS
 )
-_CHECKPOINT = flags.DEFINE_enum(
-  "checkpoint", "last", ("last", "best"), "Of the training.", flag_values=_FLAGS
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", "last", "Of the training: last, best or a step.", flag_values=_FLAGS
 )
 _LICENSE = flags.DEFINE_string(
   "license", "", "The teacher's licence, as a hub names it: cc-by-nc-sa-4.0.", flag_values=_FLAGS
@@ -211,7 +211,9 @@ def _write_stablehlo(run: Run, models: Models, folder: Path) -> None:
   }
   (folder / PROGRAM_FILE).write_bytes(lower(sample_fn(models, sampler), weights).serialize())
   save_params(folder / WEIGHTS_FILE, weights, {})
-  (folder / _SCRIPT_FILE).write_text(_SCRIPT, encoding="utf-8")
+  last = max(1, run.recipe.config.data.num_classes) - 1
+  script = _SCRIPT.replace("LAST", str(last))
+  (folder / _SCRIPT_FILE).write_text(script, encoding="utf-8")
 
 
 def lower(function: Callable[..., Any], weights: Params) -> Any:
@@ -238,30 +240,33 @@ _WRITERS: dict[str, Callable[[Run, Models, Path], None]] = {
 }
 
 _SCRIPT = '''\
-"""Samples images: python sample.py LABELS [SEED] [OUT.npy], with labels such as 3,1,4.
+"""Samples images: python sample.py 3 1 4 --seed=0 --out=samples.npy
 
 Needs jax (with flatbuffers, which jax.export reads programs by) and safetensors. The program is
 called with weights, class ids int32 [b], seeds uint32 [b] and indices uint32 [b], and returns
 uint8 images [b, h, w, c]; an image depends on its class, seed and index alone.
 """
 
+import argparse
 import pathlib
-import sys
 
 import jax.export
 import numpy as np
 from safetensors.numpy import load_file
 
 folder = pathlib.Path(__file__).parent
-labels = np.array([int(label) for label in sys.argv[1].split(",")], np.int32)
-seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-out = sys.argv[3] if len(sys.argv) > 3 else "samples.npy"
+parser = argparse.ArgumentParser(description="Samples images of classes into an .npy file.")
+parser.add_argument("0..LAST", nargs="+", type=lambda text: range(LAST + 1).index(int(text)))
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--out", type=lambda x: pathlib.Path(x).with_suffix(".npy"), default="samples")
+options = parser.parse_args()
+labels = np.array(vars(options)["0..LAST"], np.int32)
 program = jax.export.deserialize(bytearray((folder / "program.bin").read_bytes()))
 indices = np.arange(len(labels), dtype=np.uint32)
 weights = load_file(folder / "weights.safetensors")
-images = program.call(weights, labels, np.full_like(indices, seed), indices)
-np.save(out, np.asarray(images))
-print(f"{len(labels)} images {images.shape[1:]} in {out}")
+images = program.call(weights, labels, np.full_like(indices, options.seed), indices)
+np.save(options.out, np.asarray(images))
+print(f"{len(labels)} images {images.shape[1:]} in {options.out}")
 '''
 
 
@@ -352,13 +357,14 @@ def _dispatch() -> None:
     choose(_WRITERS, name, "--format")
   if not re.fullmatch(r"[\w.+-]*", _LICENSE.value):
     raise UserError(f"--license={_LICENSE.value!r} must be a name such as cc-by-nc-sa-4.0")
+  check_which(_CHECKPOINT.value)
   out, workdir = Path(out_text), Path(workdir_text)
   _check_out(out, _OVERWRITE.value)
   if _PUSH.value:
     _check_repo(_PUSH.value)
   prepare.check_trained(workdir)
   experiment = None if _CONFIG.value is None else build(_CONFIG.value)
-  run = read_run(workdir, experiment, best=_CHECKPOINT.value == "best", average=not _RAW.value)
+  run = read_run(workdir, experiment, checkpoint=_CHECKPOINT.value, average=not _RAW.value)
   export(run, formats, out, license_name=_LICENSE.value, overwrite=_OVERWRITE.value)
   say(f"{', '.join(formats)} of {workdir}, step {run.step}, in {out}")
   if not _LICENSE.value:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from dimo_jax import artifacts, prepare
-from dimo_jax.checkpoint import params_hash
+from dimo_jax.checkpoint import check_which, params_hash
 from dimo_jax.convert import files
 from dimo_jax.data.sources import load_source
 from dimo_jax.evaluation import jobs, scoring
@@ -142,11 +142,12 @@ AnyGenerator = NetworkGenerator | ProgramGenerator
 
 
 def load_generator(
-  path: str, *, best: bool = False, tokenizer: str = "", fields: Mapping[str, Any] | None = None
+  path: str, *, which: str = "last", tokenizer: str = "", fields: Mapping[str, Any] | None = None
 ) -> AnyGenerator:
-  """Whatever `artifacts.load` takes; of a workdir the student, newest or best.
+  """Whatever `artifacts.load` takes; of a workdir the student.
 
   Args:
+    which: of a workdir's checkpoints: "last", "best" or a step.
     tokenizer: a decoder of tokens, where the artifact holds none.
     fields: other values of config fields, by dotted name.
 
@@ -158,7 +159,8 @@ def load_generator(
   if tokenizer:
     source["tokenizer"] = tokenizer
   if (place / "distill").is_dir():
-    run = artifacts.read_run(place, best=best)
+    check_which(which)
+    run = artifacts.read_run(place, checkpoint=which)
     parts = run.parts()
     parts = dataclasses.replace(parts, recipe=parts.recipe.override(fields or {}))
     if tokenizer:
@@ -166,8 +168,8 @@ def load_generator(
     source |= {"step": run.step, "training_seed": run.recipe.config.seed}
     source |= {"teacher_sha256": run.teacher_sha256}
     return _network_generator(artifacts.NetworkArtifact(parts), source, fields)
-  if best:
-    raise UserError("--best is for workdirs")
+  if which != "last":
+    raise UserError(f"--checkpoint={which} is for workdirs")
   artifact = artifacts.load(path, tokenizer=tokenizer or None, fields=fields or None)
   source |= _of_export(path)
   if isinstance(artifact, artifacts.NetworkArtifact):
@@ -395,7 +397,7 @@ def watch(
   out: Path,
   *,
   every_seconds: float,
-  until: int = 0,
+  until: int | None = None,
   tokenizer: str = "",
   fields: Mapping[str, Any] | None = None,
 ) -> None:
@@ -408,7 +410,8 @@ def watch(
 
   Args:
     every_seconds: between two looks.
-    until: returns once this step, or a later one, is evaluated; 0: never.
+    until: returns once this step, or a later one, is evaluated; 0: never; None: the training's
+      last.
     tokenizer: a decoder of tokens, where the training has none.
     fields: other values of config fields, by dotted name.
 
@@ -423,6 +426,7 @@ def watch(
   watched = {"checkpoint": str(workdir), "fields": fields, "tokenizer": tokenizer or None}
   copies = out.with_name(f"{out.name}.checkpoints")
   skipped: set[int] = set()
+  waiting: set[int] | None = None
   while True:
     rows = _rows_of(out, {**judge.identity, **watched})
     done = {row["step"] for row in rows}
@@ -443,8 +447,15 @@ def watch(
       _keep_best(workdir, copies, rows)
     if rows:
       _keep_best(workdir, copies, rows)
-    if until and any(step >= until for step in skipped.union(row["step"] for row in rows)):
+    seen = skipped.union(row["step"] for row in rows)
+    end = until
+    if end is None and (workdir / "config.json").exists():
+      end = Recipe.load(workdir).config.train.num_steps
+    if end and any(step >= end for step in seen):
       return
+    if seen != waiting:
+      say(f"watch: waits for a checkpoint after step {max(seen, default=0)}")
+      waiting = seen
     waited = 0.0
     while waited < every_seconds:
       STOP.raise_if_set()

@@ -19,8 +19,8 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; made if missing. --mode=plan needs none."
 )
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; teacher: train it, no more.")
-_CHECKPOINT = flags.DEFINE_enum(
-  "checkpoint", "last", ("last", "best"), "--mode=evaluate|sample: the student's checkpoint."
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", "last", "--mode=evaluate|sample: the student's checkpoint: last, best or a step."
 )
 _LABELS = flags.DEFINE_string("labels", "", "--mode=sample: class ids, as in 3,1,4.")
 _SEED = flags.DEFINE_integer("seed", 0, "--mode=sample|pairs: seed of what is drawn.")
@@ -59,9 +59,10 @@ def _dispatch() -> None:
   if not _WORKDIR.value:
     raise UserError("--workdir is missing; name a folder, such as --workdir=runs/digits")
   if _MODE.value in ("train", "teacher") and _CHECKPOINT.value != "last":
-    raise UserError("--checkpoint=best is for --mode=evaluate and --mode=sample")
+    raise UserError(f"--checkpoint={_CHECKPOINT.value} is for --mode=evaluate and --mode=sample")
   # Imported here, so that a mistyped flag is answered before JAX starts.
   from dimo_jax import build, evaluate, pairs, prepare, sample, train
+  from dimo_jax.checkpoint import check_which
   from dimo_jax.convert import files
   from dimo_jax.recipe import CONFIG_FILE, Recipe
 
@@ -78,11 +79,12 @@ def _dispatch() -> None:
       f"--config is missing, and --workdir={str(workdir)!r} has recorded none; name a config, such"
       " as --config=configs/digits.py"
     )
-  best = _CHECKPOINT.value == "best"
+  checkpoint = _CHECKPOINT.value
+  check_which(checkpoint)
   if _MODE.value == "sample":
     experiment = None if given is None else build.build(given)
     text = _LABELS.value, _OUT.value
-    sample.sample_workdir(workdir, experiment, *text, _SEED.value, best=best)
+    sample.sample_workdir(workdir, experiment, *text, _SEED.value, checkpoint=checkpoint)
     return
   experiment = build.build(Recipe.load(workdir).config if given is None else given)
   STOP.raise_if_set()
@@ -102,7 +104,7 @@ def _dispatch() -> None:
   else:
     prepare.check_trained(workdir)
     _check_writable(workdir)
-    evaluate.evaluate_workdir(experiment, workdir, best=best)
+    evaluate.evaluate_workdir(experiment, workdir, checkpoint=checkpoint)
 
 
 def _join() -> None:

@@ -318,19 +318,20 @@ def first_stage(experiment: Experiment, teacher: Params) -> FirstStage | None:
     UserError: no distillation there, none evaluated, or one of another teacher or other networks.
   """
   train = experiment.config.train
-  directory = _first_stage_directory(experiment)
+  directory = _check_first_stage(experiment, teacher)
   if directory is None:
     return None
   field = f"train.start_from={train.start_from!r}"
-  record = json.loads((directory / "record.json").read_text(encoding="utf-8"))
-  if record.get("teacher.sha256") != params_hash(teacher):
-    raise UserError(f"{field} was distilled from another teacher than this run's")
   checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
   step = checkpoints.best_step() if train.start_from_best else checkpoints.last_step()
   if step is None:
     raise UserError(f"{field} holds no evaluated checkpoint; set train.start_from_best=False")
   tree = checkpoints.read(step)
   checkpoints.close()
+  say(
+    f"starts from {'the best' if train.start_from_best else 'the last'} student of {directory},"
+    f" step {step}"
+  )
   generator = merge(tree["ema"], tree["generator"]["frozen"] or {})
   fake_score = merge(tree["fake_score"]["params"], tree["fake_score"]["frozen"] or {})
   stage = FirstStage(generator, experiment.objective.score_params(fake_score))
@@ -340,8 +341,12 @@ def first_stage(experiment: Experiment, teacher: Params) -> FirstStage | None:
   return stage
 
 
-def _first_stage_directory(experiment: Experiment) -> Path | None:
-  """The distillation that `train.start_from` names; None where it names none."""
+def _check_first_stage(experiment: Experiment, teacher: Params | None) -> Path | None:
+  """The distillation that `train.start_from` names; None where it names none.
+
+  Raises:
+    UserError: no distillation there, or one by another method or of another teacher.
+  """
   workdir = experiment.config.train.start_from
   if not workdir:
     return None
@@ -349,6 +354,24 @@ def _first_stage_directory(experiment: Experiment) -> Path | None:
   if not (directory / "checkpoints").is_dir() or not (directory / "record.json").is_file():
     raise UserError(
       f"train.start_from={workdir!r} holds no distillation; name the workdir of a finished one"
+    )
+  record = json.loads((directory / "record.json").read_text(encoding="utf-8"))
+  if record.get("objective") != experiment.config.objective:
+    raise UserError(
+      f"train.start_from={workdir!r} was distilled with objective={record.get('objective')!r};"
+      f" this run's is {experiment.config.objective!r}"
+    )
+  if not experiment.config.teacher.path:
+    own = Path(workdir) / "teacher"
+    known = str(own) if (own / TEACHER_FILE).exists() else "the teacher.path of that run"
+    raise UserError(
+      f"train.start_from={workdir!r} goes on with the teacher of that run: set teacher.path to"
+      f" {known}"
+    )
+  if teacher is not None and record.get("teacher.sha256") != params_hash(teacher):
+    raise UserError(
+      f"train.start_from={workdir!r} was distilled from another teacher than this run's,"
+      f" teacher.path={experiment.config.teacher.path!r}"
     )
   return directory
 
@@ -369,10 +392,9 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
   if experiment.config.tokenizer.path not in ("", RANDOM):
     experiment.tokenizer.fit(None, experiment.config.seed)
   path = experiment.config.teacher.path
-  if path not in ("", "random"):
-    load_teacher(experiment, path)
+  given = None if path in ("", "random") else load_teacher(experiment, path)[0]
   if not (workdir / "distill" / "record.json").exists():  # later it is not needed any more
-    _first_stage_directory(experiment)
+    _check_first_stage(experiment, given)
   stages = {"tokenizer": tokenizer_fields(experiment), "distill": distill_fields(experiment)}
   if experiment.protocol is not None:
     stages["classifier"] = classifier_fields(experiment)

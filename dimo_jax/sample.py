@@ -114,14 +114,14 @@ def sample_workdir(
   out_text: str,
   seed: int,
   *,
-  best: bool = False,
+  checkpoint: str = "last",
 ) -> None:
   """Writes a PNG grid of the student in `workdir`, a run's or an export, one picture per label.
 
   Args:
     experiment: of a config that takes the place of a run's recorded one.
     out_text: a file's name; without one it is `samples.png` in the workdir.
-    best: a run's best evaluated checkpoint, not the last.
+    checkpoint: of a run: "last", "best" or a step.
 
   Raises:
     UserError: bad labels, nothing trained there, no decoder, or `out` cannot be written.
@@ -136,7 +136,7 @@ def sample_workdir(
   if files.export_folder(workdir) is not None:
     artifact = artifacts.load(workdir)
   else:
-    run = artifacts.read_run(workdir, experiment, best=best)
+    run = artifacts.read_run(workdir, experiment, checkpoint=checkpoint)
     artifact = artifacts.NetworkArtifact(run.parts())
   write_grid(artifact, parse_labels(labels_text, artifact.num_classes), seed, out)
 

@@ -311,11 +311,12 @@ def train(experiment: Experiment, workdir: Path) -> None:
 
 
 def restore(
-  experiment: Experiment, workdir: Path, *, best: bool = False
+  experiment: Experiment, workdir: Path, *, checkpoint: str = "last"
 ) -> tuple[NetworkState, DistillState]:
   """(teacher, distillation) of a trained workdir, which is only read.
 
-  The distillation is that of the newest readable checkpoint, or of the best evaluated one.
+  Args:
+    checkpoint: "last", the newest that can be read, "best", the best evaluated, or a step.
 
   Raises:
     UserError: nothing was trained there, or nothing evaluated.
@@ -328,9 +329,7 @@ def restore(
   check_record(directory, prepare.distill_fields(experiment, teacher_params))
   state = jax.eval_shape(initial_state(experiment, teacher_params))
   checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
-  step = checkpoints.best_step() if best else None
-  if best and step is None:
-    raise UserError(f"--workdir={str(workdir)!r} holds no evaluated checkpoint; use the last one")
+  step = checkpoints.find_step(checkpoint)
   restored = checkpoints.restore(state, experiment.mesh, experiment.config.mesh.rules, step)
   checkpoints.close()
   if restored is None:

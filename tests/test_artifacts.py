@@ -114,7 +114,9 @@ def test_an_image_depends_on_its_class_seed_and_index_alone(gaussian):
 def test_the_average_and_the_best_checkpoint(masked):
   workdir, experiment = masked
   runs_read = {
-    (best, average): artifacts.read_run(workdir, best=best, average=average)
+    (best, average): artifacts.read_run(
+      workdir, checkpoint="best" if best else "last", average=average
+    )
     for best in (False, True)
     for average in (False, True)
   }

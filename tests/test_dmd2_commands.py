@@ -221,8 +221,18 @@ def test_unusable_first_stages_and_pairs_are_refused(second, reference, tmp_path
   with pytest.raises(UserError, match=r"train\.start_from=.* holds no distillation"):
     prepare.check_workdir(experiment, tmp_path / "new")  # before a teacher is trained
   experiment = build(config(train__start_from=str(reference)))
+  with pytest.raises(UserError, match=r"set teacher\.path to .*/teacher$"):
+    prepare.check_workdir(experiment, tmp_path / "new")
+  own = str(reference / "teacher")
+  experiment = build(config(train__start_from=str(reference), teacher__path=own))
   with pytest.raises(UserError, match="distilled from another teacher"):
     prepare.first_stage(experiment, jax.tree.map(lambda x: x + 1, network))
+  masked = commands.copy_run(reference, tmp_path / "masked")
+  record = masked / "distill" / "record.json"
+  record.write_text(record.read_text().replace('"dmd2"', '"dimo"'))
+  experiment = build(config(train__start_from=str(masked), teacher__path=own))
+  with pytest.raises(UserError, match=r"with objective='dimo'; this run's is 'dmd2'"):
+    prepare.check_workdir(experiment, tmp_path / "new")
   for changes, text in (
     ({"data__pairs": str(pairs)}, "set both or neither"),
     ({"dmd2__regression_weight": 1.0}, "set both or neither"),

@@ -244,14 +244,22 @@ def test_the_script_needs_jax_and_safetensors_alone(exported, tmp_path, num):
   workdir, _, out = exported
   text = (out / "stablehlo" / "sample.py").read_text()
   imported = set(re.findall(r"^(?:import|from) (\w+)", text, flags=re.M))
-  assert imported == {"pathlib", "sys", "jax", "numpy", "safetensors"}
+  assert imported == {"argparse", "pathlib", "jax", "numpy", "safetensors"}
   code = text.split('"""')[2].strip().splitlines()
   assert len(code) <= 20
-  labels = ",".join(map(str, LABELS[:num]))
-  arguments = [out / "stablehlo" / "sample.py", labels, "7", tmp_path / "images.npy"]
-  command = [sys.executable, "-c", SCRIPT_GUARD, *map(str, arguments)]
+  script = [sys.executable, "-c", SCRIPT_GUARD, str(out / "stablehlo" / "sample.py")]
+  command = [*script, *map(str, LABELS[:num]), "--seed=7", f"--out={tmp_path / 'images'}"]
   environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
   subprocess.run(command, check=True, cwd=tmp_path, env=environment)
+  wrong = subprocess.run(
+    [*script, "10"],
+    check=False,
+    cwd=tmp_path,
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].endswith("value: '10'")
   images = np.load(tmp_path / "images.npy")
   np.testing.assert_array_equal(images, dimo_jax.load(workdir).sample(LABELS[:num], 7))
 
@@ -336,7 +344,9 @@ def test_a_card_has_no_numbers_of_other_weights(exported, tmp_path, other):
     else:
       del rows[-1]["weights_sha256"]
     (workdir / "results.json").write_text(json.dumps(rows))
-  run = artifacts.read_run(workdir, best=other == "best", average=other != "raw")
+  run = artifacts.read_run(
+    workdir, checkpoint="best" if other == "best" else "last", average=other != "raw"
+  )
   export.export(run, ["torch"], tmp_path / "out")
   text = (tmp_path / "out" / "README.md").read_text()
   evaluated = other == "none"

@@ -92,7 +92,7 @@ def test_what_has_its_row_is_not_computed_again(workdir, tmp_path, monkeypatch):
   assert [row["sweep"]["value"] for row in scoring.read_rows(out)] == [2, 3, 2, 3]
   run("checkpoint", workdir, *options[:2])
   run("checkpoint", workdir, *options[:2])
-  run("checkpoint", workdir, *options[:2], "--best")
+  run("checkpoint", workdir, *options[:2], "--checkpoint=best")
   rows = scoring.read_rows(out)[4:]
   steps = commands.checkpoint_steps(workdir / "distill")
   assert [row["step"] for row in rows] in ([steps[-1]], [steps[-1], steps[-2]])

@@ -20,7 +20,8 @@ MANIFEST = "dimo_jax.json"  # in each of them
 # Where trainers put the weights beside other things, outermost first.
 _WRAPPERS = ("model_state_dict", "state_dict", "ema_model", "ema", "model")
 _IN_FOLDERS = (  # the first that is there
-  "teacher.safetensors",  # of this package
+  "teacher.safetensors",  # of this package, as is the next
+  "generator.safetensors",
   "model.safetensors",
   "diffusion_pytorch_model.safetensors",
   "pytorch_model.safetensors",
