@@ -350,7 +350,7 @@ def refuse_changes(directory: Path, changed: Mapping[str, str]) -> None:
     more = f"; and {len(order) - _MAX_LISTED} more" if len(order) > _MAX_LISTED else ""
     raise UserError(
       f"{directory} was begun with another config: {listed}{more}."
-      " Undo the change, or use a new --workdir"
+      " Undo the change, or use a new --workdir; evaluating and sampling need no --config"
     )
 
 

@@ -58,6 +58,10 @@ class Loop:
     self._checkpoints = Checkpoints(
       directory / "checkpoints", config.log.keep_checkpoints, config.log.keep_every_steps
     )
+    if config.log.profile_steps and config.log.profile_steps[0] > num_steps:
+      say(
+        f"{name}: log.profile_steps={config.log.profile_steps} begins after its {num_steps} steps"
+      )
     self._profile = Profile(directory / "profile", config.log.profile_steps)
 
   def run(

@@ -88,7 +88,8 @@ class Writer:
     if not self._enabled:
       return
     seconds = time.perf_counter() - self._began
-    if self._first is None:  # compilation is over once the first row is here
+    compiled = self._first is not None  # before the first row
+    if self._first is None:
       self._first = (step, seconds)
       rate = (step - self._start_step) / seconds
     else:
@@ -100,9 +101,9 @@ class Writer:
     floats = {name: float(value) for name, value in values.items()}
     self._tell(lambda tracker: tracker.metrics(step, floats))
     if not quiet:
-      left = (self._num_steps - step) / rate if rate else 0.0
+      left = clock((self._num_steps - step) / rate) if rate and compiled else "-"
       shown = "  ".join(f"{k} {float(v):.4g}" for k, v in sorted(values.items()) if _shown(k))
-      say(f"{self._name} {step}/{self._num_steps}  {rate:.1f} it/s  ETA {clock(left)}  {shown}")
+      say(f"{self._name} {step}/{self._num_steps}  {rate:.1f} it/s  ETA {left}  {shown}")
 
   def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Hands a picture to the trackers."""

@@ -130,7 +130,9 @@ def _read_folder(path: Path) -> Archive:
   else:
     names = [name for name in _IN_FOLDERS if (path / name).exists()]
     if not names:
-      raise UserError(f"{path} holds none of {', '.join((*_IN_FOLDERS, *_INDICES))}")
+      own = path / "teacher"
+      meant = f"; did you mean {own}?" if (own / _IN_FOLDERS[0]).exists() else ""
+      raise UserError(f"{path} holds none of {', '.join((*_IN_FOLDERS, *_INDICES))}{meant}")
     archive = read(path / names[0])
   config = path / "config.json"
   if not config.is_file():

@@ -437,7 +437,11 @@ p { max-width: 70ch; margin: 0 0 .75rem; }
 figure svg, figure img { display: block; width: 100%; height: auto; }
 figure svg text { font-family: inherit !important; }
 figure img { image-rendering: pixelated; margin-bottom: .5rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; background:  /* a shadow where there is more to the side */
+  linear-gradient(to right, var(--paper) 40%, transparent) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, var(--soft), transparent) left / .5rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--soft), transparent) right / .5rem 100% no-repeat scroll; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .6rem; text-align: right; white-space: nowrap;
@@ -452,6 +456,8 @@ td.key { font-weight: 600; }
   table { font-size: .8rem; }
   th, td { padding: .35rem .4rem; }
   td.text { white-space: normal; }
+  .pictures figure { overflow-x: auto; }
+  .pictures img { width: auto; min-width: 34rem; }
 }
 details { margin-top: 1rem; }
 summary { cursor: pointer; font-weight: 600; }

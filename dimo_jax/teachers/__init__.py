@@ -67,7 +67,10 @@ def _edm(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> GaussianTea
     )
   height, width, channels = tokenizer.image_shape
   if height != width:
-    raise UserError(f"teacher.name='edm' needs square images; data.name has {height}x{width}")
+    raise UserError(
+      f"teacher.name='edm' needs square images; data.name={config.data.name!r} has"
+      f" {height}x{width}: set data.image_size, to which images are scaled and cropped"
+    )
   process_type = choose(PROCESSES, config.process.name, "process.name")
   process = process_type(**pick(process_type, config.process))
   if isinstance(process, VariancePreserving) and process.prediction != "epsilon":
