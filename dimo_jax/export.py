@@ -347,6 +347,7 @@ def _check_repo(repo: str) -> None:
 
 def _dispatch() -> None:
   workdir_text, formats, out_text = _WORKDIR.value, _FORMAT.value, _OUT.value
+  check_which(_CHECKPOINT.value)
   if not workdir_text:
     raise UserError("--workdir is missing; name the folder of a run, such as runs/digits")
   if not formats:
@@ -357,7 +358,6 @@ def _dispatch() -> None:
     choose(_WRITERS, name, "--format")
   if not re.fullmatch(r"[\w.+-]*", _LICENSE.value):
     raise UserError(f"--license={_LICENSE.value!r} must be a name such as cc-by-nc-sa-4.0")
-  check_which(_CHECKPOINT.value)
   out, workdir = Path(out_text), Path(workdir_text)
   _check_out(out, _OVERWRITE.value)
   if _PUSH.value:

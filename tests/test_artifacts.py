@@ -128,6 +128,11 @@ def test_the_average_and_the_best_checkpoint(masked):
   given = artifacts.read_run(workdir, experiment)
   assert given.teacher_sha256 == runs_read[False, True].teacher_sha256
   np.testing.assert_array_equal(given.weights["network"]["last_dense"]["kernel"], tables[1])
+  tenth = artifacts.read_run(workdir, checkpoint="10")
+  assert tenth.step == 10
+  np.testing.assert_array_equal(tenth.weights["network"]["last_dense"]["kernel"], tables[3])
+  with pytest.raises(UserError, match=r"checkpoint 7 is not in .*there are \["):
+    artifacts.read_run(workdir, checkpoint="7")
 
 
 def test_a_damaged_checkpoint_is_passed_over(masked, tmp_path, capsys):

@@ -502,7 +502,7 @@ def command(monkeypatch, capsys):
     (["--workdir=w", "--format=linen", "--out=x", "--push=a/b/c"], ["--push='a/b/c'"]),
     (["--workdir=w", "--format=linen", "--out=x", "--license=a: b"], ["--license='a: b'", "cc-by"]),
     (["--workdir=w", "--formt=linen", "--out=x"], ["formt"]),
-    (["--workdir=w", "--checkpoint=first"], ["--checkpoint=first"]),
+    (["--workdir=w", "--checkpoint=first"], ["--checkpoint='first' must be last, best or a step"]),
   ],
 )
 def test_bad_exports_have_one_line(command, arguments, needles):

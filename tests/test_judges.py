@@ -225,7 +225,13 @@ def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
     ("stats --source=web --path=W --protocol=edm-imagenet64 --out=x", "source='web' is unknown"),
     ("stats --source=npz --path=W --protocol=edm-imagenet64 --out=x", "is no npz"),
     ("images W --protocol=edm-imagenet64", "--out"),
-    ("images W --protocol=debug --out=x", "protocol='debug' is unknown"),
+    ("images W --protocol=debug --out=x", "protocol='debug' is for checkpoint, sweep and watch"),
+    ("images W --protocol=fid --out=x", "protocol='fid' is unknown"),
+    (
+      "checkpoint W --protocol=debug --classifier_from=nowhere --out=x",
+      "'nowhere' has none: name the run's workdir with --classifier_from",
+    ),
+    ("checkpoint W --protocol=debug --checkpoint=first --out=x", "must be last, best or a step"),
     ("nothing", "invalid choice: 'nothing'"),
   ],
 )
