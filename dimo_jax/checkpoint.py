@@ -26,11 +26,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dimo_jax.distributed import from_first, in_any, is_first, on_first
-from dimo_jax.sharding import Rules, state_sharding
+from dimo_jax.sharding import Rules, fetch, state_sharding
 from dimo_jax.types import Array, Params, UInt32, UserError
 from dimo_jax.writers import say, write_atomically
 
 _MAX_LISTED = 8  # changed fields named in one line
+# Fields that older records lack, with what held before there were any.
+ADDED_FIELDS: dict[str, Any] = {
+  "data.tokens": "",
+  "dimo.reuse_samples": False,
+  "dmd2.reuse_samples": True,
+  "log.keep_every_steps": 0,
+  "log.profile_steps": (),
+  "optim.fake_score.mean_dtype": "float32",
+  "optim.generator.mean_dtype": "float32",
+  "teacher.pretrain.optim.mean_dtype": "float32",
+  "tested.batch_size": (),
+  "tested.learning_rate": (),
+  "train.ema_memory": "device",
+}
 BEST_METRIC = "evaluation/frechet_distance"  # lower is better
 
 
@@ -164,6 +178,8 @@ class Checkpoints:
       self._manager.close()
       self._move_aside(candidate, reason or "another process cannot read it")
       self._manager = self._open()
+    if step is not None:
+      raise UserError(f"checkpoint {step} of {self._directory} cannot be read; take another")
     if steps:
       raise UserError(
         f"none of the checkpoints {steps} of {self._directory} can be read; to begin anew move"
@@ -221,7 +237,7 @@ class Checkpoints:
 
 def check_which(which: str) -> None:
   """Raises UserError where no checkpoint is meant by it."""
-  if which not in ("last", "best") and not which.isdigit():
+  if which not in ("last", "best") and not which.isdecimal():
     raise UserError(f"--checkpoint={which!r} must be last, best or a step such as 1000")
 
 
@@ -335,6 +351,7 @@ def changed_fields(directory: Path, fields: Mapping[str, Any]) -> dict[str, str]
     recorded = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise UserError(f"{path} is damaged ({error}); move {directory} away to start again") from error
+  recorded = {k: v for k, v in ADDED_FIELDS.items() if k in fields} | recorded
   return {
     name: f"{recorded.get(name)!r} -> {fields.get(name)!r}"
     for name in {*recorded, *fields}
@@ -355,9 +372,9 @@ def refuse_changes(directory: Path, changed: Mapping[str, str]) -> None:
 
 
 def params_hash(params: Params) -> str:
-  """SHA-256 over sorted paths, shapes and bytes."""
+  """SHA-256 over sorted paths, shapes and bytes; all processes call it where they share arrays."""
   digest = hashlib.sha256()
-  for path, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+  for path, leaf in sorted(traverse_util.flatten_dict(fetch(params), sep="/").items()):
     value = np.asarray(leaf)
     digest.update(f"{path} {value.dtype} {value.shape}\n".encode())
     digest.update(np.ascontiguousarray(value).tobytes())

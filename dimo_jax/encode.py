@@ -46,9 +46,10 @@ def encode(experiment: Experiment, out: str, batch_size: int = 64) -> None:
   folder = Path(out)
   with contextlib.ExitStack() as stack:
     try:
-      done, codes = _open(folder, settings, tokenizer.codebook_size)
+      folder.mkdir(parents=True, exist_ok=True)
       stream = stack.enter_context(open(folder / "lock", "a"))
       fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      done, codes = _open(folder, settings, tokenizer.codebook_size)
     except BlockingIOError as error:
       raise UserError(f"--codes={out!r}: another process is writing there") from error
     except OSError as error:
@@ -94,7 +95,6 @@ def _open(folder: Path, settings: dict, codebook_size: int) -> tuple[int, np.mem
     if {k: v for k, v in manifest.items() if k != "num_done"} != settings:
       raise UserError(f"{field} holds codes of other images or another tokenizer; name a new one")
     return manifest["num_done"], np.lib.format.open_memmap(path, mode="r+")
-  folder.mkdir(parents=True, exist_ok=True)
   dtype = np.uint16 if codebook_size <= 2**16 else np.int32
   codes = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
   write_atomically(folder / MANIFEST, json.dumps(settings | {"num_done": 0}, indent=1) + "\n")

@@ -256,15 +256,15 @@ from safetensors.numpy import load_file
 
 folder = pathlib.Path(__file__).parent
 parser = argparse.ArgumentParser(description="Samples images of classes into an .npy file.")
-parser.add_argument("0..LAST", nargs="+", type=lambda text: range(LAST + 1).index(int(text)))
+parser.add_argument("label", nargs="+", type=int, choices=range(LAST + 1), metavar="0..LAST")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--out", type=lambda x: pathlib.Path(x).with_suffix(".npy"), default="samples")
 options = parser.parse_args()
-labels = np.array(vars(options)["0..LAST"], np.int32)
+labels = np.array(options.label, np.int32)
 program = jax.export.deserialize(bytearray((folder / "program.bin").read_bytes()))
 indices = np.arange(len(labels), dtype=np.uint32)
 weights = load_file(folder / "weights.safetensors")
-images = program.call(weights, labels, np.full_like(indices, options.seed), indices)
+images = program.call(weights, labels, np.full_like(indices, options.seed % 2**32), indices)
 np.save(options.out, np.asarray(images))
 print(f"{len(labels)} images {images.shape[1:]} in {options.out}")
 '''

@@ -450,7 +450,8 @@ def watch(
     seen = skipped.union(row["step"] for row in rows)
     end = until
     if end is None and (workdir / "config.json").exists():
-      end = Recipe.load(workdir).config.train.num_steps
+      last = Recipe.load(workdir).config.train.num_steps
+      end = last if last in _finished_steps(workdir) else 0  # rows may be of a run before this one
     if end and any(step >= end for step in seen):
       return
     if seen != waiting:

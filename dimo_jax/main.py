@@ -58,7 +58,7 @@ def _dispatch() -> None:
     return
   if not _WORKDIR.value:
     raise UserError("--workdir is missing; name a folder, such as --workdir=runs/digits")
-  if _MODE.value in ("train", "teacher") and _CHECKPOINT.value != "last":
+  if _MODE.value in ("train", "teacher", "pairs") and _CHECKPOINT.value != "last":
     raise UserError(f"--checkpoint={_CHECKPOINT.value} is for --mode=evaluate and --mode=sample")
   # Imported here, so that a mistyped flag is answered before JAX starts.
   from dimo_jax import build, evaluate, pairs, prepare, sample, train

@@ -26,7 +26,7 @@ from dimo_jax.convert import edm, families, files, maskgit
 from dimo_jax.convert.files import Archive
 from dimo_jax.data.sources import Source
 from dimo_jax.data.tokens import TokenSource, describe, load_tokens
-from dimo_jax.distributed import exists, on_first
+from dimo_jax.distributed import exists, from_first, on_first
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.recipe import Recipe
@@ -318,14 +318,11 @@ def first_stage(experiment: Experiment, teacher: Params) -> FirstStage | None:
     UserError: no distillation there, none evaluated, or one of another teacher or other networks.
   """
   train = experiment.config.train
-  directory = _check_first_stage(experiment, teacher)
-  if directory is None:
+  found = _find_first_stage(experiment, teacher)
+  if found is None:
     return None
-  field = f"train.start_from={train.start_from!r}"
+  directory, step = found
   checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
-  step = checkpoints.best_step() if train.start_from_best else checkpoints.last_step()
-  if step is None:
-    raise UserError(f"{field} holds no evaluated checkpoint; set train.start_from_best=False")
   tree = checkpoints.read(step)
   checkpoints.close()
   say(
@@ -337,15 +334,23 @@ def first_stage(experiment: Experiment, teacher: Params) -> FirstStage | None:
   stage = FirstStage(generator, experiment.objective.score_params(fake_score))
   for weights in stage:
     if jax.tree.map(np.shape, weights) != jax.tree.map(np.shape, teacher):
-      raise UserError(f"{field} holds other networks than the config's")
+      raise UserError(
+        f"train.start_from={train.start_from!r} holds other networks than the config's"
+      )
   return stage
 
 
-def _check_first_stage(experiment: Experiment, teacher: Params | None) -> Path | None:
-  """The distillation that `train.start_from` names; None where it names none.
+def has_checkpoints(directory: Path) -> bool:
+  """Whether a stage goes on from a checkpoint, in every process alike."""
+  return bool(from_first(any((directory / "checkpoints").glob("[0-9]*"))))
+
+
+def _find_first_stage(experiment: Experiment, teacher: Params | None) -> tuple[Path, int] | None:
+  """(folder, step) of the distillation that `train.start_from` names; None where it names none.
 
   Raises:
-    UserError: no distillation there, or one by another method or of another teacher.
+    UserError: no distillation there, none evaluated, or one by another method or of another
+      teacher.
   """
   workdir = experiment.config.train.start_from
   if not workdir:
@@ -373,7 +378,15 @@ def _check_first_stage(experiment: Experiment, teacher: Params | None) -> Path |
       f"train.start_from={workdir!r} was distilled from another teacher than this run's,"
       f" teacher.path={experiment.config.teacher.path!r}"
     )
-  return directory
+  checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
+  best = experiment.config.train.start_from_best
+  step = checkpoints.best_step() if best else checkpoints.last_step()
+  checkpoints.close()
+  if step is None:
+    raise UserError(
+      f"train.start_from={workdir!r} holds no evaluated checkpoint; set train.start_from_best=False"
+    )
+  return directory, step
 
 
 def check_trained(workdir: Path) -> None:
@@ -393,8 +406,8 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
     experiment.tokenizer.fit(None, experiment.config.seed)
   path = experiment.config.teacher.path
   given = None if path in ("", "random") else load_teacher(experiment, path)[0]
-  if not (workdir / "distill" / "record.json").exists():  # later it is not needed any more
-    _check_first_stage(experiment, given)
+  if not has_checkpoints(workdir / "distill"):  # later it is not needed any more
+    _find_first_stage(experiment, given)
   stages = {"tokenizer": tokenizer_fields(experiment), "distill": distill_fields(experiment)}
   if experiment.protocol is not None:
     stages["classifier"] = classifier_fields(experiment)

@@ -13,6 +13,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from dimo_jax.build import Models, build_models
+from dimo_jax.checkpoint import ADDED_FIELDS
 from dimo_jax.convert import families, files
 from dimo_jax.remote import local_path
 from dimo_jax.teachers import build_tokenizer
@@ -69,6 +70,7 @@ class Recipe:
     """
     try:
       config, shape = _tuples(record["config"]), _tuples(record["image_shape"])
+      config = _with_added_fields(config)
       return cls(ConfigDict(config).lock(), shape, record["version"])
     except (KeyError, TypeError) as error:
       raise UserError(f"{where} holds no recorded config: {error!r}") from error
@@ -176,6 +178,14 @@ def _open(location: str) -> files.Archive:
   path = local_path(location)
   checkpoint = path / CHECKPOINT
   return files.read(checkpoint if checkpoint.is_file() else path)
+
+
+def _with_added_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A recorded config with the fields that were added since, in the sections that it has."""
+  flat = traverse_util.flatten_dict(dict(config), sep=".")
+  sections = {name.rpartition(".")[0] for name in flat} | {"tested"}
+  added = {k: v for k, v in ADDED_FIELDS.items() if k.rpartition(".")[0] in sections}
+  return traverse_util.unflatten_dict(added | flat, sep=".")
 
 
 def _tuples(value: Any) -> Any:

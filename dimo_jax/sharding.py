@@ -34,7 +34,9 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
   devices = jax.devices() if devices is None else devices
   _check_fsdp(fsdp, len(devices))
   types = (AxisType.Auto, AxisType.Auto)
-  num_slices = len({getattr(device, "slice_index", None) for device in devices})
+  # GPUs may name slices too, one for each host; their fsdp may span hosts.
+  slices = {getattr(d, "slice_index", None) for d in devices if d.platform == "tpu"}
+  num_slices = max(1, len(slices))
   if num_slices == 1:
     shape = (len(devices) // fsdp, fsdp)
     return jax.make_mesh(shape, _AXES, axis_types=types, devices=devices)
@@ -42,7 +44,7 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
   if per_slice % fsdp:
     raise UserError(f"mesh.fsdp={fsdp} must divide the devices of one slice, {per_slice}")
   grid = mesh_utils.create_hybrid_device_mesh(
-    (per_slice // fsdp, fsdp), (num_slices, 1), devices=devices
+    (per_slice // fsdp, fsdp), (num_slices, 1), devices=devices, allow_split_physical_axes=True
   )
   return Mesh(grid, _AXES, axis_types=types)
 
@@ -156,6 +158,24 @@ def state_sharding(
     return NamedSharding(mesh, spec, memory_kind=_HOST if on_host else None)
 
   return jax.tree_util.tree_map_with_path(leaf, state)
+
+
+def to_memory(state: Any, mesh: Mesh, rules: Rules = (), host: Sequence[str] = ()) -> Any:
+  """A state on the mesh with what matches `host` in the hosts' memory, all else on the devices.
+
+  Only what lies elsewhere moves, and each process moves its own part.
+  """
+  leaves, tree = jax.tree.flatten(state)
+  wanted = jax.tree.leaves(state_sharding(state, mesh, rules, host))
+  moving = [i for i, x in enumerate(leaves) if x.sharding.memory_kind != wanted[i].memory_kind]
+  if moving:
+    shardings = [wanted[i] for i in moving]
+    moved = jax.jit(lambda xs: jax.device_put(xs, shardings), out_shardings=shardings)(
+      [leaves[i] for i in moving]
+    )
+    for i, x in zip(moving, moved, strict=True):
+      leaves[i] = x
+  return jax.tree.unflatten(tree, leaves)
 
 
 def bytes_per_device(

@@ -59,7 +59,9 @@ def devices(target: str) -> list[jax.Device]:
 
 def _tpu_devices(target: str) -> list[jax.Device]:
   topology, _, num_slices = target.partition("*")
-  slices = {"num_slices": int(num_slices)} if num_slices.isdigit() else {}
+  if "*" in target and not num_slices.isdecimal():
+    raise UserError(f"--target={target!r} must be a TPU topology, as v5e:4x4, or slices, v5e:4x4*2")
+  slices = {"num_slices": int(num_slices)} if num_slices else {}
   # Without these libtpu asks the cloud which machine this is, and complains of no answer.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")

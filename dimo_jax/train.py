@@ -21,7 +21,7 @@ from dimo_jax.hooks import draw_pictures, evaluate_sampler, sampling_network
 from dimo_jax.preemption import STOP
 from dimo_jax.profile import Profile
 from dimo_jax.run_judge import RunJudge
-from dimo_jax.sharding import jit_step, local_rows, put, replicated, shard_batch
+from dimo_jax.sharding import jit_step, local_rows, put, replicated, shard_batch, to_memory
 from dimo_jax.start import (
   base_key,
   distill_batches,
@@ -62,7 +62,9 @@ class Loop:
       say(
         f"{name}: log.profile_steps={config.log.profile_steps} begins after its {num_steps} steps"
       )
-    self._profile = Profile(directory / "profile", config.log.profile_steps)
+    self._profile = Profile(
+      directory / "profile" / f"process_{jax.process_index()}", config.log.profile_steps
+    )
 
   def run(
     self,
@@ -87,8 +89,12 @@ class Loop:
         f"the {self._name} in {self._directory} has done {restored[1]} steps, more than the"
         f" {self._num_steps} that the config asks for"
       )
-    state, start = restored or (make_state(), 0)
-    state = place(state, self._mesh, self._rules, self._host)
+    if restored:
+      state, start = restored
+      state = to_memory(state, self._mesh, self._rules, self._host)
+    else:
+      state, start = place(make_state(), self._mesh, self._rules, self._host), 0
+    del restored  # else what has moved would stay, too
     if start:
       say(f"{self._name}: goes on from step {start}")
       self._health.resume()
@@ -126,13 +132,13 @@ class Loop:
         if stopping:
           STOP.raise_if_set()
     finally:
-      self._profile.close()
       self._checkpoints.close()
       writer.close()
+      self._profile.close()
     return state
 
   def _on_device(self, state: Any) -> Any:
-    return place(state, self._mesh, self._rules) if self._host else state
+    return to_memory(state, self._mesh, self._rules)
 
   def _due(self, step: int, period: int) -> bool:
     return period > 0 and (step % period == 0 or step == self._num_steps)
@@ -241,14 +247,15 @@ def distill(
   """
   config, directory = experiment.config, workdir / "distill"
   directory.mkdir(parents=True, exist_ok=True)
+  # Of a first stage only the shapes are needed once there is a checkpoint.
+  begun = prepare.has_checkpoints(directory)
+  weights = None if begun else prepare.first_stage(experiment, teacher_params)
   check_record(directory, prepare.distill_fields(experiment, teacher_params))
   if experiment.pairs and experiment.pairs.teacher_sha256 != params_hash(teacher_params):
     raise UserError(
       f"data.pairs={config.data.pairs!r} were made by another teacher than this run's"
     )
-  make_state = initial_state(
-    experiment, teacher_params, prepare.first_stage(experiment, teacher_params)
-  )
+  make_state = initial_state(experiment, teacher_params, weights)
   teacher = teacher_state(experiment, teacher_params, tokenizer_params)
   for line in experiment.untested:
     say(line)

@@ -42,7 +42,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 # Seconds that the body of a test without the `slow` or `ci` mark may take, fixtures not counted.
 # Raise it on a slow machine: DIMO_TEST_LIMIT_S=120 make test.
-TEST_LIMIT_S = float(os.environ.get("DIMO_TEST_LIMIT_S", "60"))
+TEST_LIMIT_S = float(os.environ.get("DIMO_TEST_LIMIT_S", "20"))
 
 
 def pytest_sessionstart():

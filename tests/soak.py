@@ -126,7 +126,8 @@ class Soak:
       return not _ends_within(process, self._random.uniform(0, 12))
     begun = _steps(workdir)
     if moment == "save":
-      return self._poll(process, lambda: any(workdir.glob("*/checkpoints/*-tmp*")))
+      left = set(workdir.glob("*/checkpoints/*-tmp*"))  # by an earlier kill
+      return self._poll(process, lambda: set(workdir.glob("*/checkpoints/*-tmp*")) - left)
     if moment == "step":
       rows = self._random.randint(1, 8)
       found = self._poll(process, lambda: _steps(workdir) >= begun + rows)
@@ -135,7 +136,7 @@ class Soak:
     delay = self._random.uniform(0, 1 if moment == "evaluation" else 0.1)
     return found and not _ends_within(process, delay)
 
-  def _poll(self, process: subprocess.Popen, ready: Callable[[], bool]) -> bool:
+  def _poll(self, process: subprocess.Popen, ready: Callable[[], object]) -> bool:
     while process.poll() is None:
       if ready():
         return True

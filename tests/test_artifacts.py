@@ -245,6 +245,10 @@ def test_a_recipe_survives_json(tmp_path):
   with pytest.raises(UserError, match=r"holds no config.json; a workdir of an older version"):
     Recipe.load(tmp_path)
   record = recipe.to_dict()
+  older = json.loads(json.dumps(record))
+  del older["config"]["train"]["ema_memory"], older["config"]["tested"]
+  filled = Recipe.from_dict(older, "it").config
+  assert filled.train.ema_memory == "device" and filled.tested.batch_size == ()
   record["version"] = "0.0.1"
   with pytest.raises(UserError, match=r"recorded by dimo_jax 0.0.1, and this version differs"):
     Recipe.from_dict({**record, "config": {**record["config"], "dmd2": {}}}, "it").models("it")
@@ -304,6 +308,7 @@ def test_the_number_of_heads_must_be_told_where_nothing_says_it(tmp_path):
     dimo_jax.load(path, fields=fields | {"model.num_heads": 5})
 
 
+@pytest.mark.ci
 def test_a_vqgan_decodes_the_tokens_of_a_published_network(tmp_path, vqgan):
   network = MaskTransformer(
     num_tokens=64, codebook_size=32, num_classes=10, hidden_dim=32, num_layers=1, num_heads=4,

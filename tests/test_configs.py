@@ -35,6 +35,7 @@ from dimo_jax.samplers.edm import FewStep, Heun
 from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.samplers.one_step import OneStep
 from dimo_jax.teachers.tokenizers import NoTokenizer, PatchTokenizer
+from dimo_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
 PRESETS = sorted(p.stem for p in (ROOT / "configs").glob("[a-z]*.py"))
@@ -126,6 +127,21 @@ def test_a_preset_can_be_built(preset):
     config.teacher.path = "random"
   experiment = build(config)
   assert experiment.num_updates == config.train.num_steps * config[config.objective].fake_rounds
+  assert not experiment.untested
+
+
+def test_other_batches_and_rates_than_were_tried_are_warned_of():
+  config = digits_dmd2.get_config()
+  config.train.update(batch_size=8, accumulation=4)
+  config.optim.fake_score.learning_rate = 0.01
+  batch, rate = build(config).untested
+  assert "train.batch_size * train.accumulation=32 lies outside of 128 .. 128" in batch
+  assert "optim.fake_score.learning_rate=0.01 lies outside of 0.0003 .. 0.001" in rate
+  config.tested.update(batch_size=(), learning_rate=())
+  assert not build(config).untested
+  config.tested.batch_size = (64,)
+  with pytest.raises(UserError, match=r"tested\.batch_size=\(64,\) must be \(\) or"):
+    build(config)
 
 
 @pytest.mark.parametrize("variant", imagenet64.VARIANTS)

@@ -239,7 +239,7 @@ def test_a_program_is_portable(exported):
   assert {k: v.shape for k, v in shapes.items()} == {k: v.shape for k, v in weights.items()}
 
 
-@pytest.mark.parametrize("num", [1, 5])
+@pytest.mark.parametrize("num", [pytest.param(1, marks=pytest.mark.ci), 5])
 def test_the_script_needs_jax_and_safetensors_alone(exported, tmp_path, num):
   workdir, _, out = exported
   text = (out / "stablehlo" / "sample.py").read_text()
@@ -655,6 +655,7 @@ def hub(monkeypatch, tmp_path):
   server.server_close()
 
 
+@pytest.mark.ci
 def test_an_export_is_pushed(exported, command, hub, tmp_path):
   arguments = [f"--workdir={exported[0]}", "--format=torch", "--push=a/b", "--license=mit"]
   code, out, err = command(export, *arguments, f"--out={tmp_path}/out")

@@ -446,6 +446,7 @@ def teacher_alone(reference, tmp_path_factory):
     return workdir, commands.run(shared, workdir, "--mode=teacher")[0]
 
 
+@pytest.mark.ci
 def test_a_teacher_alone_is_that_of_a_whole_run(teacher_alone, reference):
   workdir, out = teacher_alone
   assert f"teacher {commands.NUM_STEPS}/{commands.NUM_STEPS}" in out
@@ -468,6 +469,7 @@ def without_teacher(tmp_path_factory):
     return workdir, commands.run(shared, workdir, *arguments)[0]
 
 
+@pytest.mark.ci
 def test_a_random_teacher_needs_no_file(without_teacher):
   workdir, out = without_teacher
   assert "evaluation: off" in out

@@ -147,3 +147,18 @@ def test_one_process_restores_what_two_saved(dimo):
     for name, value in tree.items():
       assert len(value.sharding.device_set) == devices
       np.testing.assert_array_equal(value, saved[name], err_msg=name)
+
+
+def test_what_is_split_over_processes_and_memories_is_restored(tmp_path_factory):
+  """Parameters split over both processes, averages in the hosts' memory, stopped half way."""
+  folder = tmp_path_factory.mktemp("split")
+  one, two = folder / "one", folder / "two"
+  split = ("--config.mesh.fsdp=2", "--config.train.ema_memory=host")
+  command = (*commands.TINY, *FEWER_ROWS, *split)
+  with commands.shared_folder(tmp_path_factory) as shared:
+    commands.run(shared, one, command=command, xla_flags=TWO_DEVICES)
+    options = {"command": command, "launcher": LOCAL, "xla_flags": ONE_THREAD}
+    commands.run(shared, two, "--config.train.num_steps=10", **options)
+    commands.run(shared, two, **options)
+  commands.assert_same_arrays(two / "distill", one / "distill", commands.NUM_STEPS)
+  assert commands.results(two) == commands.results(one)

@@ -160,6 +160,15 @@ def test_damaged_checkpoints_are_named_passed_over_and_kept(interrupted):
   assert f"distill: goes on from step {used}\n" in interrupted.out
 
 
+def test_averages_in_the_hosts_memory_are_the_same(reference, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("host") / "run"
+  with commands.shared_folder(tmp_path_factory) as shared:
+    commands.run(shared, workdir, "--config.train.ema_memory=host", "--config.train.num_steps=10")
+    commands.run(shared, workdir)  # and on the device from there on
+  commands.assert_same_arrays(workdir / "distill", reference / "distill", commands.NUM_STEPS)
+  assert commands.results(workdir) == commands.results(reference)
+
+
 @pytest.fixture(scope="module")
 def grown(reference, tmp_path_factory) -> tuple[pathlib.Path, str]:
   """(workdir, stdout) of ten steps from a given teacher, and then ten more."""

@@ -111,11 +111,13 @@ def test_parameters_moments_and_averages_are_split_over_fsdp():
   assert largest.sharding.spec == PartitionSpec(None, "fsdp")
 
 
+@pytest.mark.ci
 def test_without_fsdp_every_device_holds_everything():
   state, _, _ = trained(8, 1)
   assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.ci
 def test_an_average_in_the_hosts_memory_is_the_same():
   (on_device, metrics, _), (on_host, metrics_too, _) = trained(8, 2), trained(8, 2, (), ("^ema/",))
   for leaf, plain in zip(*map(jax.tree.leaves, (on_host.ema, on_device.ema)), strict=True):
@@ -140,9 +142,27 @@ class SliceDevice:
   id: int
   slice_index: int
   process_index: int = 0
-  platform: str = "cpu"
-  device_kind: str = "cpu"
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+  core_on_chip: int = 0
   __class__ = jax.Device  # for isinstance
+
+  @property
+  def coords(self) -> tuple[int, int, int]:
+    return self.id // 2 % 2, self.id // 4, 0
+
+
+def test_only_what_lies_elsewhere_moves_between_memories():
+  mesh = sharding.make_mesh(2)
+  tree = {"ema": {"x": np.ones((4, 2))}, "params": {"x": np.zeros((4, 2))}}
+  placed = jax.device_put(tree, sharding.state_sharding(tree, mesh))
+  moved = sharding.to_memory(placed, mesh, (), ("^ema/",))
+  assert moved["ema"]["x"].sharding.memory_kind == "pinned_host"
+  assert moved["params"]["x"] is placed["params"]["x"]
+  back = sharding.to_memory(moved, mesh)
+  assert back["ema"]["x"].sharding == placed["ema"]["x"].sharding
+  np.testing.assert_array_equal(back["ema"]["x"], tree["ema"]["x"])
+  assert sharding.to_memory(placed, mesh)["ema"]["x"] is placed["ema"]["x"]
 
 
 def test_slices_are_joined_along_the_data_axis_alone():

@@ -345,6 +345,27 @@ def test_later_rounds_generate_afresh():
   assert state.extra == 31 and state.fake_score.params["x"] == 0.0
 
 
+def test_adams_mean_may_be_stored_in_bfloat16():
+  start, short = distill_state(), distill_state(adam(mean_dtype="bfloat16"))
+  (full, _), (half, _) = (run(dimo(), state, batch()) for state in (start, short))
+
+  def types(state):
+    adam_state = state.generator.opt_state[0]
+    return [
+      {x.dtype.name for x in jax.tree.leaves(tree)} for tree in (adam_state.mu, adam_state.nu)
+    ]
+
+  assert types(full) == [{"float32"}, {"float32"}]
+  assert types(half) == [{"bfloat16"}, {"float32"}]
+  again, _ = run(dimo(), half, batch())
+  assert types(again) == types(half)
+  assert differs(run(dimo(), full, batch())[0].generator.params, again.generator.params)
+  with pytest.raises(UserError, match=r"o\.mean_dtype='float16' is unknown; known: float32, bfl"):
+    OptimizerSpec(
+      "adam", 1e-3, 0.9, 0.99, 1e-8, 0.0, 0.0, "constant", 0, 1.0, mean_dtype="float16"
+    ).check(10, "o")
+
+
 def test_reuse_spares_the_fake_score_a_generation():
   data, start = batch(), distill_state()
   (fresh, seen), (reused, seen_again) = (

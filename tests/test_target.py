@@ -1,14 +1,16 @@
 """Compiling for a TPU that is not here, and reading the compiled program."""
 
+import json
 import sys
 
 import jax
 import pytest
 
-from configs import debug
+from configs import debug, imagenet64, imagenet256
 from dimo_jax import plan, target
-from dimo_jax.sharding import abstract_mesh, bytes_per_device
+from dimo_jax.sharding import abstract_mesh, bytes_per_device, make_mesh
 from dimo_jax.types import UserError
+from tests import commands
 
 HLO = """
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[]}
@@ -83,6 +85,34 @@ def test_without_libtpu_the_line_says_so(monkeypatch):
     target.devices("v5e:2x2")
 
 
+@pytest.mark.parametrize("name", ["cpu:0", "cpu:", "cpu:x", "cpu"])
+def test_cpus_are_counted(name):
+  with pytest.raises(UserError, match=f"--target='{name}' must be cpu:N, with N of 1 or more"):
+    target.devices(name)
+
+
+@pytest.mark.ci
+def test_an_iteration_is_compiled_for_several_cpus(tmp_path):
+  out, _ = commands.run(
+    tmp_path, tmp_path / "none", "--mode=plan", "--target=cpu:2", "--config.train.batch_size=64"
+  )
+  result = json.loads(out.splitlines()[-1])
+  assert (result["target"], result["devices"]) == ("cpu:2", 2)
+  assert set(result["collectives"]) == {"all-reduce"}  # guidance included
+
+
+@pytest.mark.slow
+def test_slices_are_joined_by_data_alone():
+  pytest.importorskip("libtpu")
+  devices = target.devices("v5e:2x2*2")
+  assert {device.slice_index for device in devices} == {0, 1}
+  mesh = make_mesh(2, devices)
+  assert all(len({device.slice_index for device in row}) == 1 for row in mesh.devices)
+  config = debug.get_config()
+  config.mesh.fsdp = 2
+  assert target.compile_for(config, "v5e:2x2*2")["devices"] == 8
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 2])
 def test_a_small_iteration_is_compiled_for_a_tpu(fsdp, capsys):
@@ -106,6 +136,33 @@ def test_a_small_iteration_is_compiled_for_a_tpu(fsdp, capsys):
   else:
     assert result["collectives"]["all-gather"]["bytes"] > 0
   assert "by the compiler's own account" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+  ("module", "fields"),
+  [
+    (imagenet256, {"train.batch_size": 256}),
+    (imagenet64, {"train.batch_size": 256, "data.name": "noise"}),
+  ],
+  ids=["imagenet256", "imagenet64"],
+)
+def test_the_full_size_is_compiled_for_a_pod(module, fields):
+  """One sample on each of 256 chips: nothing is exchanged but both networks' gradients."""
+  pytest.importorskip("libtpu")
+  config = module.get_config()
+  config.update_from_flattened_dict(fields)
+  result = target.compile_for(config, "v5e:16x16")
+  planner = plan.Planner(config, 256)
+  memory = planner.memory(planner.layout)
+  assert result["state_bytes"] == sum(memory.state.values())
+  assert result["compiler"]["argument_bytes"] > result["state_bytes"]
+  networks = planner.state.generator.params, planner.state.fake_score.params
+  rounds = planner.experiment.objective.fake_rounds
+  gradients = bytes_per_device((networks[0], [networks[1]] * rounds), abstract_mesh(256))
+  assert set(result["collectives"]) == {"all-reduce"}
+  assert gradients < result["collectives"]["all-reduce"]["bytes"] < 1.05 * gradients
 
 
 @pytest.mark.slow

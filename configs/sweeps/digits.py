@@ -112,13 +112,6 @@ QUESTIONS = {
       "generator 0.9, fake score 0.9": {"optim.generator.b1": 0.9, "optim.fake_score.b1": 0.9},
     },
   ),
-  "dimo_reuse": Question(
-    "Samples for the fake score",
-    f"{_DIMO}: every fake-score update learns from samples of its own, at the price of one more"
-    " forward pass.",
-    "dimo",
-    {"fresh samples": {}, "the generator update's samples": {"dimo.reuse_samples": True}},
-  ),
   "fake_rounds": Question(
     "Two time scales",
     f"{_DMD2}: five fake-score updates for each of the generator beat one (FID 2.61 against 3.48"
@@ -143,12 +136,6 @@ QUESTIONS = {
       "matching alone": _NO_GAN,
       "GAN alone": {"dmd2.matching_weight": 0.0},
     },
-  ),
-  "dmd2_reuse": Question(
-    "Samples for the first fake-score update",
-    f"{_DMD2}: it learns from the generator update's samples.",
-    "one_step",
-    {"the generator update's samples": {}, "fresh samples": {"dmd2.reuse_samples": False}},
   ),
   "student_inputs": Question(
     "What a four-step student is trained on",

@@ -372,7 +372,7 @@ _PARTS = """{% macro drawn(plots, kind) %}
 {% macro shown(pictures) %}
 <div class="pictures">
 {% for picture in pictures %}
-<figure><img src="{{ picture.source }}" alt="{{ picture.caption }}">
+<figure><div class="scroll"><img src="{{ picture.source }}" alt="{{ picture.caption }}"></div>
 <figcaption>{{ picture.caption }}</figcaption></figure>
 {% endfor %}
 </div>
@@ -456,7 +456,7 @@ td.key { font-weight: 600; }
   table { font-size: .8rem; }
   th, td { padding: .35rem .4rem; }
   td.text { white-space: normal; }
-  .pictures figure { overflow-x: auto; }
+  .pictures figure { min-width: 0; }
   .pictures img { width: auto; min-width: 34rem; }
 }
 details { margin-top: 1rem; }

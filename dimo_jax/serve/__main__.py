@@ -151,7 +151,7 @@ def _serve(artifact: str, steps: tuple[int, ...] | None, bound: socket.socket) -
       " for a password"
     )
   title = Path(artifact).name or artifact
-  app = make_app(painter, title, _LOCAL if local else ("*",))
+  app = make_app(painter, title, (*_LOCAL, _HOST.value) if local else ("*",))
   server = uvicorn.Server(
     uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=_MAX_WAIT_S)
   )
@@ -160,13 +160,18 @@ def _serve(artifact: str, steps: tuple[int, ...] | None, bound: socket.socket) -
   thread.start()
   while not server.started and thread.is_alive():
     thread.join(0.05)
+  if not server.started:
+    raise UserError(f"--port={port} cannot be served: another program listens there by now")
   shown = f"[{host}]" if ":" in host else host
   say(f"ready: http://{shown}:{port}/ (Ctrl-C stops it)")
   while thread.is_alive() and not STOP.is_set():
     thread.join(0.2)
+  died = not thread.is_alive()
   server.should_exit = True
   thread.join()
   painter.close()
+  if died:
+    raise RuntimeError("the server ended by itself")
   say("stopped")
 
 

@@ -47,10 +47,10 @@ def load_models(
   models = {"student": _model(found, None, ())}
   beside = None
   if teacher:
-    beside = artifacts.load(teacher, tokenizer=tokenizer)
+    beside = artifacts.load(teacher, tokenizer=tokenizer, fields=fields)
     field = f"--teacher={teacher!r}"
   elif (own := local_path(path) / "teacher" / TEACHER_FILE).is_file():
-    beside = artifacts.load(own)
+    beside = artifacts.load(own, fields=fields)
     field = str(own)
   elif (local_path(path) / "distill").is_dir() and isinstance(found, NetworkArtifact):
     beside = _given_teacher(found)

@@ -218,6 +218,7 @@ def test_a_file_in_the_way_is_named(tmp_path, capsys):
   assert "cannot be written: File exists" in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_as_a_command():
   arguments = [sys.executable, "-m", "dimo_jax.convert", "--source=nowhere", "--out=out"]
   result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)

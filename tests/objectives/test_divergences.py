@@ -93,8 +93,8 @@ def recorded_network(*tables):
   logits = jnp.stack([jnp.asarray(table) for table in tables])
 
   def apply_fn(params, tokens, condition, **_):
-    b = params["logits"].shape[1]
-    return params["logits"][condition["class_id"], jnp.arange(tokens.shape[0]) % b]
+    b, n = params["logits"].shape[1], tokens.shape[0]  # guidance doubles each sample in its place
+    return params["logits"][condition["class_id"], jnp.arange(n) * b // n]
 
   return NetworkState.create(
     apply_fn=apply_fn,

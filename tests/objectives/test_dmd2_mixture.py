@@ -190,6 +190,7 @@ def hasty(pretrained):
   return {rounds: distil(pretrained, rounds, rates=HASTY)[1] for rounds in (1, 5)}
 
 
+@pytest.mark.ci
 def test_without_the_two_time_scale_rule_it_collapses(hasty):
   """One fake-score update for each of the generator's, everything else the same."""
   by_the_rule, without = hasty[5], hasty[1]
