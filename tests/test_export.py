@@ -259,7 +259,7 @@ def test_the_script_needs_jax_and_safetensors_alone(exported, tmp_path, num):
     capture_output=True,
     text=True,
   )
-  assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1].endswith("value: '10'")
+  assert wrong.returncode == 2 and "0..9: invalid choice: 10" in wrong.stderr
   images = np.load(tmp_path / "images.npy")
   np.testing.assert_array_equal(images, dimo_jax.load(workdir).sample(LABELS[:num], 7))
 
