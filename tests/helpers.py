@@ -254,3 +254,14 @@ def check_parameters(
     errors.append(error)
   errors = np.concatenate(errors)
   assert (errors > _EXACT).mean() <= 1e-3, np.sort(errors)[-10:]
+
+
+# A VQGAN of 8x8 RGB pixels and 4x4 tokens.
+VQGAN_SIZES = {
+  "channels": 32,
+  "channel_mult": (1, 1),
+  "num_res_blocks": 1,
+  "attn_resolutions": (),
+  "z_channels": 8,
+  "code_dim": 4,
+}

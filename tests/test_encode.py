@@ -22,15 +22,7 @@ from dimo_jax.state import PretrainState
 from dimo_jax.step import pretrain_step
 from dimo_jax.types import UserError
 from tests import commands
-
-SIZES = {
-  "channels": 32,
-  "channel_mult": (1, 1),
-  "num_res_blocks": 1,
-  "attn_resolutions": (),
-  "z_channels": 8,
-  "code_dim": 4,
-}  # 8x8 RGB pixels, 4x4 tokens
+from tests.helpers import VQGAN_SIZES as SIZES
 
 
 def make(folder, num=21, **data):

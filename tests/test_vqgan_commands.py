@@ -12,16 +12,8 @@ from dimo_jax.build import build
 from dimo_jax.types import UserError
 from tests import commands
 from tests.helpers import GOLDEN
+from tests.helpers import VQGAN_SIZES as SIZES
 
-# 8x8 pixels, 4x4 tokens.
-SIZES = {
-  "channels": 32,
-  "channel_mult": (1, 1),
-  "num_res_blocks": 1,
-  "attn_resolutions": (),
-  "z_channels": 8,
-  "code_dim": 4,
-}
 COMMAND = (
   "--config=configs/debug.py",
   "--config.data.name=labels",
