@@ -351,7 +351,8 @@ def changed_fields(directory: Path, fields: Mapping[str, Any]) -> dict[str, str]
     recorded = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise UserError(f"{path} is damaged ({error}); move {directory} away to start again") from error
-  recorded = {k: v for k, v in ADDED_FIELDS.items() if k in fields} | recorded
+  added = {k: v for k, v in ADDED_FIELDS.items() if k in fields}
+  recorded = json.loads(json.dumps(added)) | recorded  # a tuple is a list there
   return {
     name: f"{recorded.get(name)!r} -> {fields.get(name)!r}"
     for name in {*recorded, *fields}

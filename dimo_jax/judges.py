@@ -405,8 +405,9 @@ def watch(
 
   A checkpoint is copied first, to the folder `out`.checkpoints, and evaluated there: the training
   may delete its own meanwhile. The rows in `out` say what was done, so the same call goes on after
-  a kill. A checkpoint that cannot be read or evaluated is said and passed over. In `workdir` only
-  `best.json` is written.
+  a kill; those of an earlier training in the folder, by other fields, do not count. A checkpoint
+  that cannot be read or evaluated is said and passed over. In `workdir` only `best.json` is
+  written.
 
   Args:
     every_seconds: between two looks.
@@ -423,11 +424,12 @@ def watch(
   fields = dict(fields or {})
   if (workdir / "config.json").exists():
     Recipe.load(workdir).override(fields)  # refuses before anything is computed
-  watched = {"checkpoint": str(workdir), "fields": fields, "tokenizer": tokenizer or None}
+  asked = {"checkpoint": str(workdir), "fields": fields, "tokenizer": tokenizer or None}
   copies = out.with_name(f"{out.name}.checkpoints")
   skipped: set[int] = set()
   waiting: set[int] | None = None
   while True:
+    watched = {**asked, "record_sha256": _record_hash(workdir)}
     rows = _rows_of(out, {**judge.identity, **watched})
     done = {row["step"] for row in rows}
     for step in sorted(_finished_steps(workdir) - done - skipped):
@@ -476,6 +478,12 @@ def _rows_of(out: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
   ]
 
 
+def _record_hash(workdir: Path) -> str | None:
+  """SHA-256 of a distillation's record: another training in the same folder has another one."""
+  record = workdir / "distill" / "record.json"
+  return hashlib.sha256(record.read_bytes()).hexdigest() if record.exists() else None
+
+
 def _finished_steps(workdir: Path) -> set[int]:
   """Checkpoints under their final names: orbax renames a whole one."""
   folder = workdir / "distill" / "checkpoints"
@@ -485,7 +493,9 @@ def _finished_steps(workdir: Path) -> set[int]:
 def _copy_checkpoint(workdir: Path, step: int, copy: Path) -> bool:
   """A workdir of one checkpoint; False where the training has deleted it meanwhile."""
   if copy.is_dir():
-    return True
+    if _record_hash(copy) == _record_hash(workdir):
+      return True
+    shutil.rmtree(copy)  # of an earlier training in that folder
   temporary = copy.with_name(f"{copy.name}.tmp")
   shutil.rmtree(temporary, ignore_errors=True)
   checkpoint = Path("distill", "checkpoints", str(step))

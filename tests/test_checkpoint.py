@@ -1,11 +1,16 @@
 """Checkpoints of other versions, and what orbax leaves behind when it gives up on a damaged one."""
 
+import json
+import os
 import sys
 from collections.abc import Awaitable
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import traverse_util
 
+from configs import base
 from dimo_jax import checkpoint
 from dimo_jax.sharding import make_mesh
 from dimo_jax.types import UserError
@@ -54,3 +59,27 @@ def test_a_checkpoint_of_another_version_is_refused_and_stays(asked, what, tmp_p
     again.restore(dict.fromkeys(asked, jnp.zeros(2)), mesh, ())
   again.close()
   assert (tmp_path / "3" / "default").exists()
+
+
+def test_fields_that_an_older_record_lacks_had_their_first_value(tmp_path):
+  flat = traverse_util.flatten_dict(base.get_config().to_dict(), sep=".")
+  assert set(flat) >= set(checkpoint.ADDED_FIELDS)
+  recorded = {"seed": 0, "train.num_steps": 5}
+  (tmp_path / "record.json").write_text(json.dumps(recorded))
+  same = recorded | {"train.ema_memory": "device", "log.profile_steps": ()}
+  assert checkpoint.changed_fields(tmp_path, same) == {}
+  other = same | {"train.ema_memory": "host", "objective": "dmd2"}
+  assert checkpoint.changed_fields(tmp_path, other) == {
+    "train.ema_memory": "'device' -> 'host'",
+    "objective": "None -> 'dmd2'",
+  }
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_weights_have_the_mode_that_the_umask_leaves(mask, tmp_path):
+  before = os.umask(mask)
+  try:
+    checkpoint.save_params(tmp_path / "weights.safetensors", {"a": np.ones(2)}, {})
+  finally:
+    os.umask(before)
+  assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o666 & ~mask

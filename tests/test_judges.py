@@ -205,6 +205,11 @@ def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
   judges.watch(other, training, out, **later)  # other draws, other rows
   assert also_seen == steps
 
+  record = training / "distill" / "record.json"
+  record.write_text(json.dumps(json.loads(record.read_text()) | {"seed": 1}))
+  look(steps[-1])  # another training in the same folder
+  assert seen == steps * 3
+
 
 @pytest.mark.parametrize(
   ("arguments", "message"),
