@@ -23,7 +23,7 @@ from flax import traverse_util
 from configs import base
 from dimo_jax import prepare
 from dimo_jax.build import NUM_SEEDS, Experiment, Models
-from dimo_jax.checkpoint import Checkpoints, load_params, read_tree
+from dimo_jax.checkpoint import Checkpoints, load_params, quiet_orbax, read_tree
 from dimo_jax.convert import families, files
 from dimo_jax.convert.files import MANIFEST
 from dimo_jax.evaluation.generation import PIXELS_PER_DEVICE
@@ -468,6 +468,16 @@ def load(
   Raises:
     UserError: nothing there, or nothing that can be sampled so.
   """
+  with quiet_orbax():
+    return _load(path, tokenizer, family, fields)
+
+
+def _load(
+  path: str | os.PathLike[str],
+  tokenizer: str | None,
+  family: str,
+  fields: Mapping[str, Any] | None,
+) -> Artifact:
   place = local_path(path if isinstance(path, str) else Path(path))
   if not place.exists():
     raise UserError(f"{str(path)!r} does not exist")

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from flax import traverse_util
 from jax.sharding import Mesh
@@ -21,7 +22,9 @@ from dimo_jax.samplers.edm import Heun
 from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.sharding import check_batch, make_mesh, state_sharding
 from dimo_jax.state import split
-from dimo_jax.teachers import Teacher, build_teacher, build_tokenizer, pick
+from dimo_jax.teachers import COMPUTE_DTYPES, Teacher, build_teacher, build_tokenizer, pick
+from dimo_jax.teachers.edm import GaussianTeacher
+from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.teachers.network import MaskedNetwork
 from dimo_jax.teachers.tokenizers import Tokenizer
 from dimo_jax.trackers import check_trackers
@@ -140,6 +143,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Experi
       )
   models = build_models(config, train_source.image_shape if train_source else None)
   tokenizer, teacher, objective = models.tokenizer, models.teacher, models.objective
+  _check_teacher(config, tokenizer, teacher)
   pretrain_optimizer = OptimizerSpec(**config.teacher.pretrain.optim)
   pretrain_steps = config.teacher.pretrain.num_steps
   if not config.teacher.path:
@@ -197,7 +201,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Experi
       )
     if train_source.num_levels != protocol.num_levels:
       raise UserError(
-        f"evaluation.protocol={protocol.name!r} is not for data.name={config.data.name!r}"
+        f"evaluation.protocol={protocol.name!r} is not for data.name={config.data.name!r};"
+        " evaluation.protocol='none' is for data without one"
       )
     check_batch(config.evaluation.batch_size, mesh, "evaluation.batch_size")
   return Experiment(
@@ -213,6 +218,50 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Experi
     published=published,
     pairs=pairs,
   )
+
+
+def _check_teacher(
+  config: ml_collections.ConfigDict, tokenizer: Tokenizer, teacher: Teacher
+) -> None:
+  """Raises UserError where a teacher, which may be the user's own, does not fit data and tokenizer
+  or its own network.
+  """
+  name = f"teacher.name={config.teacher.name!r}"
+  if teacher.null_class != config.data.num_classes:
+    raise UserError(
+      f"{name} has null_class={teacher.null_class}, the id after its classes: data.num_classes="
+      f"{config.data.num_classes} must be that"
+    )
+  shape: tuple[int, ...]
+  if isinstance(teacher, MaskedNetwork):
+    found = teacher.codebook_size, teacher.num_tokens
+    wanted = tokenizer.codebook_size, math.prod(tokenizer.grid)
+    if found != wanted:
+      raise UserError(
+        f"{name} has {found[0]} codes and {found[1]} tokens;"
+        f" tokenizer.name={config.tokenizer.name!r} makes {wanted[0]} and {wanted[1]}"
+      )
+    shape = (1, teacher.num_tokens, teacher.codebook_size + 1)
+  else:
+    if tokenizer.image_shape != teacher.image_shape:
+      raise UserError(
+        f"{name} makes images of shape {teacher.image_shape}; tokenizer.name="
+        f"{config.tokenizer.name!r} with data.name={config.data.name!r} has"
+        f" {tokenizer.image_shape or 'none'}: take 'pixels' and images of that shape, which only a"
+        " GAN or a teacher's training look at"
+      )
+    shape = (1, *teacher.image_shape)
+  if isinstance(teacher, MaskedTeacher | GaussianTeacher):
+    return  # these are built to fit
+  condition = {"class_id": jnp.zeros(1, jnp.int32)}
+  try:
+    params = jax.eval_shape(teacher.init, jax.random.key(0))
+    output = jax.eval_shape(teacher.apply, params, teacher.example, condition)
+  except (TypeError, ValueError) as error:
+    line = (str(error).splitlines() or [repr(error)])[0]
+    raise UserError(f"{name}: its network fails on one sample: {line}") from error
+  if output.shape != shape:
+    raise UserError(f"{name}: its network makes {output.shape} of one sample, must make {shape}")
 
 
 def build_models(
@@ -307,6 +356,7 @@ def _check_numbers(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
     ):
       raise UserError(f"tested.{name}={config.tested[name]} must be () or (lowest, highest)")
   choose(dict.fromkeys(STORAGE_DTYPES), config.precision.teacher_dtype, "precision.teacher_dtype")
+  choose(COMPUTE_DTYPES, config.precision.compute_dtype, "precision.compute_dtype")
   positive = (
     ("data", "num_read_threads"),
     ("train", "num_steps"),

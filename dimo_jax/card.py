@@ -58,6 +58,7 @@ def card(
     config=config,
     network=_network(run),
     weights="moving average of the generator (EMA)" if run.average else "the generator, no average",
+    examples=[label for label in (3, 1, 4) if label < config.data.num_classes] or [0],
     num_steps=run.parts().sampler(run.recipe.models("")).num_steps,
     formats=formats,
     protocol=results[-1].get("protocol", config.evaluation.protocol) if results else "",
@@ -132,9 +133,9 @@ it out before you pass these weights on (`--license` of the export records it).
 `linen/` (parameters as an orbax checkpoint) and any other folder here, by dimo_jax:
 
     import dimo_jax
-    images = dimo_jax.load("DIR").sample(labels=[3, 1, 4], seed=0)  # uint8 [n, h, w, c]
+    images = dimo_jax.load("DIR").sample(labels={{ examples }}, seed=0)  # uint8 [n, h, w, c]
 
-or `python -m dimo_jax.sample --artifact=DIR --labels=3,1,4 --out=grid.png`.
+or `python -m dimo_jax.sample --artifact=DIR --labels={{ examples | join(",") }} --out=grid.png`.
 
 {% endif %}
 {% if "torch" in formats %}
@@ -147,7 +148,7 @@ they were trained to be sampled.
 `stablehlo/` is a program for JAX that needs no code of this project:
 
     pip install jax flatbuffers safetensors
-    python stablehlo/sample.py 3 1 4 --seed=0 --out=samples.npy
+    python stablehlo/sample.py {{ examples | join(" ") }} --seed=0 --out=samples.npy
 
 It takes the weights, class ids, seeds and indices of the images. It was lowered for CPU, CUDA and
 TPU. The tests of dimo_jax run such programs on CPUs; for CUDA and TPU nothing but the lowering was

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import serialization, traverse_util
 from orbax.checkpoint import checkpoint_managers
 from safetensors import SafetensorError, safe_open
@@ -292,6 +293,17 @@ def read_tree(path: Path) -> Any:
       raise
     lines = str(error).strip().splitlines() or [repr(error)]
     raise UserError(f"{path} is not a readable checkpoint: {lines[0][:160]}") from error
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+  """Without orbax's warnings, which are about what is meant: to read only, and of any structure."""
+  before = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
 
 
 def _quiet_abandoned_reads() -> None:

@@ -1,10 +1,12 @@
 """What every command shares: the `--config` flag, one line for a mistake, exit codes."""
 
+import importlib
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -15,7 +17,8 @@ from dimo_jax.types import UserError
 
 BAD_INPUT, STOPPED = 2, 3  # exit codes, beside preemption.RESUME_EXIT_CODE
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file; --config.a.b=1 overrides.")
+_CONFIG_HELP = "Config file, such as configs/digits.py; --config.a.b=1 sets a field of it."
+CONFIG = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
 
 
 def run(
@@ -46,6 +49,7 @@ def guarded(command: Callable[[], None]) -> None:
   from dimo_jax.health import RunStopped, disk_is_full
 
   try:
+    _import_files()
     command()
   except (UserError, RunStopped) as error:
     sys.exit(_fail(error, BAD_INPUT if isinstance(error, UserError) else STOPPED))
@@ -67,6 +71,20 @@ def guarded(command: Callable[[], None]) -> None:
     os._exit(1)
 
 
+def _import_files() -> None:
+  """Takes every --import=FILE.py off the command line and imports the file, as a config would be:
+  what it registers is known from then on.
+  """
+  flag = "--import="
+  for argument in [argument for argument in sys.argv[1:] if argument.startswith(flag)]:
+    sys.argv.remove(argument)
+    path = Path(argument.removeprefix(flag))
+    if path.suffix != ".py" or not path.is_file():
+      raise UserError(f"{argument} must be a Python file that registers what is your own")
+    sys.path.insert(0, str(path.parent.resolve()))
+    importlib.import_module(path.stem)
+
+
 def has_peers() -> bool:
   """Whether this process is one of several of a run."""
   import jax
@@ -84,11 +102,15 @@ def _checked(argv: list[str], dispatch: Callable[[], None], needs_config: bool) 
 
 
 def _parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
-  if flag_values is not flags.FLAGS:
+  own = flag_values is not flags.FLAGS
+  if {"--help", "-h"} & set(argv):
+    shared = "" if own else f"\n  --config: {_CONFIG_HELP}"
+    shared += "\n  --import: Python file of rows of your own, imported first; may be repeated."
+    flags_help = flag_values.get_help() if own else flag_values.main_module_help()
+    print(f"{sys.modules['__main__'].__doc__}\n{flags_help}\n\n{__name__}:{shared}")
+    sys.exit(0)
+  if own:
     flags.FLAGS.mark_as_parsed()  # absl reads its own
-    if {"--help", "-h"} & set(argv):
-      print(f"{sys.modules['__main__'].__doc__}\n{flag_values.get_help()}")
-      sys.exit(0)
   try:
     rest = flag_values(argv)
     if "config" in flag_values:  # a file that is missing shows at the first use

@@ -240,7 +240,7 @@ _WRITERS: dict[str, Callable[[Run, Models, Path], None]] = {
 }
 
 _SCRIPT = '''\
-"""Samples images: python sample.py 3 1 4 --seed=0 --out=samples.npy
+"""Samples images: python sample.py LAST --seed=0 --out=samples.npy
 
 Needs jax (with flatbuffers, which jax.export reads programs by) and safetensors. The program is
 called with weights, class ids int32 [b], seeds uint32 [b] and indices uint32 [b], and returns

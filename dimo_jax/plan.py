@@ -233,6 +233,7 @@ def plan(
   """
   if device_memory_gib is not None and not 0 < device_memory_gib < math.inf:
     raise UserError(f"--device_memory_gib={device_memory_gib} must be positive")
+  say("from shapes alone, which takes a minute for the largest networks:")
   planner = Planner(config, num_devices)
   layout, memory = planner.layout, planner.memory(planner.layout)
   flops = planner.experiment.model_flops

@@ -127,7 +127,7 @@ def codes_settings(experiment: Experiment, tokenizer_params: Params) -> dict[str
   """What the codes of the training images depend on."""
   grid = experiment.tokenizer.grid
   return describe(
-    experiment.source("train").labels,
+    experiment.source("train"),
     grid[0] * grid[1],
     params_hash(tokenizer_params),
     experiment.config.precision.compute_dtype,
@@ -211,16 +211,21 @@ def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, 
 
   Args:
     experiment: what the teacher must fit.
-    location: of our own `teacher.safetensors` or its folder, or of published weights of any family
-      with a network like the teacher's; here or elsewhere, see `remote.local_path`.
+    location: of our own `teacher.safetensors` or its folder, of published weights of any family
+      with a network like the teacher's, or of a safetensors file of the network's parameters by
+      flat name ("Dense_0/kernel"); here or elsewhere, see `remote.local_path`.
 
   Raises:
     UserError: no such file, another family's file, a student's, or other sizes than the config's.
   """
   field, path = f"teacher.path={str(location)!r}", local_path(location)
+  if not path.exists():
+    raise UserError(f"{field} does not exist")
   if files.export_folder(path) is not None:
     raise UserError(f"{field} is an export of dimo_jax: a student, and a teacher is wanted")
   archive, tokenizer = files.read(path), None
+  expected = jax.eval_shape(lambda: random_teacher(experiment))
+  wanted = traverse_util.flatten_dict(expected, sep="/")
   if families.is_student(archive):
     raise UserError(f"{field} is a generator of dimo_jax: a student, and a teacher is wanted")
   if "teacher" in archive.settings:
@@ -229,10 +234,10 @@ def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, 
     network, tokenizer = tree["network"], tree.get("tokenizer")
     if isinstance(experiment.teacher, MaskedTeacher):
       network = maskgit.arrange(network, scan_layers=experiment.teacher.network.scan_layers)
+  elif set(archive.tensors) == set(wanted):
+    network = traverse_util.unflatten_dict(dict(archive.tensors), sep="/")
   else:
     network = _from_published(experiment, field, archive)
-  expected = jax.eval_shape(lambda: random_teacher(experiment))
-  wanted = traverse_util.flatten_dict(expected, sep="/")
   found = traverse_util.flatten_dict(network, sep="/")
   wrong = [
     f"{name} {np.shape(found[name]) if name in found else 'missing'} for"
@@ -272,7 +277,10 @@ def to_published(teacher: Teacher, params: Params) -> dict[str, np.ndarray]:
 
 
 def _unpublished(teacher: Teacher) -> UserError:
-  return UserError(f"{type(teacher).__name__} has no published key names, as --format=torch needs")
+  return UserError(
+    f"{type(teacher).__name__} has no published key names, as --format=torch needs;"
+    " take linen or stablehlo"
+  )
 
 
 def _from_published(experiment: Experiment, field: str, archive: Archive) -> Params:

@@ -18,7 +18,7 @@ from dimo_jax.convert import families, files
 from dimo_jax.remote import local_path
 from dimo_jax.teachers import build_tokenizer
 from dimo_jax.teachers.vqgan import CHECKPOINT
-from dimo_jax.types import UserError
+from dimo_jax.types import UnknownName, UserError
 from dimo_jax.writers import write_atomically
 
 CONFIG_FILE = "config.json"  # of a workdir
@@ -83,6 +83,10 @@ class Recipe:
     """
     try:
       return build_models(self.config, self.image_shape)
+    except UnknownName as error:
+      raise UserError(
+        f"{error}; one of your own is known once its file is imported (commands: --import=FILE.py)"
+      ) from error
     except (AttributeError, KeyError, TypeError) as error:
       line = str(error).splitlines()[0]
       raise UserError(

@@ -41,15 +41,19 @@ class UserError(Exception):
   """
 
 
+class UnknownName(UserError):
+  """A name that no registry has."""
+
+
 def choose(registry: Mapping[str, T], name: str, field: str) -> T:
   """The entry of a registry that a config field names.
 
   Raises:
-    UserError: naming the field, the unknown value, the nearest entry and all entries.
+    UnknownName: naming the field, the unknown value, the nearest entry and all entries.
   """
   if name in registry:
     return registry[name]
-  raise UserError(f"{field}={name!r} is unknown{suggest(name, registry)}")
+  raise UnknownName(f"{field}={name!r} is unknown{suggest(name, registry)}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

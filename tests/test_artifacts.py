@@ -156,6 +156,12 @@ def test_the_tokenizer_that_a_given_teacher_brought_decodes(masked, tmp_path):
   assert_same_images(255 - inverted, dimo_jax.load(masked[0]).sample(LABELS, 0))
 
 
+def test_loading_says_nothing(masked, caplog):
+  with caplog.at_level("WARNING", logger="absl"):
+    dimo_jax.load(masked[0])
+  assert not caplog.records
+
+
 def test_an_older_workdir_needs_its_config(masked, tmp_path):
   from tests import commands
 

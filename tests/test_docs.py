@@ -15,6 +15,9 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
+from flax import linen as nn
+from flax import traverse_util
+from safetensors.numpy import save_file
 
 from dimo_jax import prepare
 from dimo_jax.build import build
@@ -70,6 +73,55 @@ def test_own_teachers_are_of_both_kinds(example, objective):
     prepare.to_published(experiment.teacher, {})
 
 
+def test_a_teacher_may_be_parameters_by_flat_name(example, tmp_path):
+  config = example("own_teacher").get_config()
+  params = prepare.random_teacher(build(config))
+  config.teacher.path = str(tmp_path / "weights.safetensors")
+  flat = traverse_util.flatten_dict(params, sep="/")
+  save_file({name: np.asarray(value) for name, value in flat.items()}, config.teacher.path)
+  network, tokenizer = prepare.load_teacher(build(config), config.teacher.path)
+  jax.tree.map(np.testing.assert_array_equal, network, params)
+  assert tokenizer is None
+  save_file({"Dense_0/kernel": np.zeros(2)}, config.teacher.path)
+  with pytest.raises(UserError, match="is of no known family"):
+    prepare.load_teacher(build(config), config.teacher.path)
+
+
+@pytest.mark.parametrize(
+  ("objective", "fields", "message"),
+  [
+    ("dimo", {"data.num_classes": 5}, r"null_class=2, .*: data\.num_classes=5 must be that"),
+    ("dimo", {"tokenizer.codebook_size": 7}, "8 codes and 4 tokens; tokenizer.* makes 7 and 4"),
+    ("dimo", {"tokenizer.grid_size": 3}, "8 codes and 4 tokens; tokenizer.* makes 8 and 9"),
+    ("dmd2", {}, r"images of shape \(2, 2, 1\); tokenizer\.name='none' .* has none: take 'pixels'"),
+  ],
+)
+def test_own_teachers_must_fit(example, objective, fields, message):
+  config = example("own_teacher").get_config(objective)
+  config.data.name, config.tokenizer.name, config.teacher.path = "labels", "none", "random"
+  config.update_from_flattened_dict(fields)
+  with pytest.raises(UserError, match=message):
+    build(config)
+
+
+@pytest.mark.parametrize(
+  ("bias", "message"),
+  [(0, r"makes \(1, 4, 8\) of one sample, must make \(1, 4, 9\)"), (7, "fails on one sample: ")],
+)
+def test_own_networks_must_make_what_they_say(example, bias, message):
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, class_id):
+      return nn.Embed(9, 8)(tokens) + jnp.zeros(bias or 8)
+
+  module = example("own_teacher")
+  config = module.get_config()
+  teacher = type("Wrong", (module.TokenTeacher,), {"network": Net()})()
+  TEACHERS["tokens"] = lambda config, tokenizer: teacher
+  with pytest.raises(UserError, match=message):
+    build(config)
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("objective", ["dimo", "dmd2"])
 def test_own_teachers_are_distilled(tmp_path_factory, tmp_path, objective):
@@ -81,6 +133,20 @@ def test_own_teachers_are_distilled(tmp_path_factory, tmp_path, objective):
     result = subprocess.run(
       script, env=commands.environment(shared), capture_output=True, text=True, check=True
     )
+    picture = tmp_path / "own.png"
+    sample = ["dimo_jax.sample", f"--artifact={tmp_path}", f"--out={picture}"]
+    unknown, known = (
+      subprocess.run(
+        [sys.executable, "-m", *sample, *extra],
+        env=commands.environment(shared),
+        capture_output=True,
+        text=True,
+        check=False,
+      )
+      for extra in ((), (f"--import={EXAMPLES / 'own_teacher.py'}",))
+    )
+  assert unknown.returncode == 2 and "imported (commands: --import=FILE.py)" in unknown.stderr
+  assert known.returncode == 0 and picture.exists(), known.stderr
   one_step, teacher, student = map(float, re.findall(r"([\d.]+)% are of one grey", result.stdout))
   assert one_step < 50 and teacher > 60 and student > 85, result.stdout
   assert objective == "dmd2" or one_step < 5, result.stdout

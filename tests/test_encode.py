@@ -163,6 +163,14 @@ def test_other_codes_are_refused(encoded, tmp_path):
     prepare.training_source(moved, params)
   with pytest.raises(UserError, match="codes of other images or another tokenizer; name a new one"):
     encode(make(tmp_path), str(encoded / "codes"))
+  inverted = tmp_path / "inverted"  # as many images, of the same classes
+  inverted.mkdir()
+  arrays = dict(np.load(encoded / "images.npz"))
+  np.savez(inverted / "images.npz", **arrays | {"images_train": 255 - arrays["images_train"]})
+  with pytest.raises(UserError, match="codes of other images or another tokenizer; name a new one"):
+    encode(make(inverted), str(encoded / "codes"))
+  with pytest.raises(UserError, match=r"holds codes of another data set than data\.path"):
+    prepare.training_source(make(inverted, tokens=str(encoded / "codes")), params)
   missing = make(encoded, tokens=str(tmp_path / "none"))
   with pytest.raises(UserError, match=r"must be a folder that python -m dimo_jax\.encode made"):
     prepare.training_source(missing, params)

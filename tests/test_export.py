@@ -24,7 +24,7 @@ from jax import export as jax_export
 from safetensors.numpy import load_file
 
 import dimo_jax
-from dimo_jax import artifacts, cli, export, main, prepare, remote, train
+from dimo_jax import artifacts, card, cli, export, main, prepare, remote, train
 from dimo_jax.build import build
 from dimo_jax.checkpoint import params_hash
 from dimo_jax.convert import __main__ as convert
@@ -331,6 +331,11 @@ def test_a_card_says_what_is_not_known(exported, tmp_path):
   ):
     assert needle in text, needle
   assert "stablehlo" not in text and "torch/" not in text
+  assert "sample(labels=[3, 1, 4], seed=0)" in text
+  run = artifacts.read_run(workdir, average=False)
+  run.recipe.config.data.num_classes = 2
+  text = card.card(run, ["linen", "stablehlo"], license_name="", results=(), notes=())
+  assert "sample(labels=[1], seed=0)" in text and "sample.py 1 --seed" in text
 
 
 @pytest.mark.parametrize("other", ["raw", "best", "older", "unmarked", "none"])

@@ -94,9 +94,11 @@ def test_the_newest_checkpoints_and_those_of_every_so_many_steps_are_kept(tmp_pa
 
 
 def test_chosen_steps_are_profiled(tmp_path, capsys):
-  run(tmp_path, profile_steps=(3, 4))
+  run(tmp_path, profile_steps=(3, 4), every_steps=1)
   assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
-  assert f"profile written to {tmp_path / 'profile'}" in capsys.readouterr().out
+  out = capsys.readouterr().out
+  written = out.index(f"profile written to {tmp_path / 'profile'}")
+  assert out.index("stage 3/") < written < out.index("stage 5/")
   run(tmp_path / "late", profile_steps=(7, 99))  # the run ends before
   assert len(list((tmp_path / "late").rglob("*.xplane.pb"))) == 1
   run(tmp_path / "none")

@@ -51,6 +51,15 @@ def command(monkeypatch, capsys, tmp_path):
   return run
 
 
+def test_help_lists_the_config_too(command):
+  code, out, _ = command("--help")
+  assert code == 0 and "--config: Config file" in out
+
+
+def test_what_is_imported_must_be_a_file(refused):
+  refused(["--import=none.py"], ["--import=none.py must be a Python file"])
+
+
 @pytest.fixture
 def refused(command, tmp_path):
   """refused(*arguments, needles): exit code 2 and one line with all needles, before any compute."""

@@ -338,7 +338,9 @@ def test_bad_addresses_are_answered_in_one_line():
 
 def test_a_missing_extra_is_named(monkeypatch):
   monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(UserError, match=r"starlette and uvicorn must be installed .* 'dimo-jax\[se"):
+  with pytest.raises(
+    UserError, match=r"starlette and uvicorn must be installed .* -r requirements"
+  ):
     command._check_installed()
 
 

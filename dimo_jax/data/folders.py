@@ -15,6 +15,7 @@ __all__ = ["FolderSource", "load_folder"]
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 FOLDERS = {"train": ("train",), "test": ("val", "test")}  # of a split: the first that is there
+_NUM_COMPARED = 16  # images
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +38,11 @@ class FolderSource:
 
   def __getitem__(self, index: SupportsIndex, /) -> dict[str, np.ndarray]:
     path = self.paths[index.__index__()]
-    levels = decode_image(path, path, image_size=self.image_size)
+    try:
+      levels = decode_image(path, path, image_size=self.image_size)
+    except UserError as error:
+      hint = "remove it, or let python -m dimo_jax.data.prepare pass such files over"
+      raise UserError(f"{error}; {hint}") from error
     check_shape(levels, self.image_shape, path)
     return sample(levels, self.labels[index], self.num_levels)
 
@@ -81,7 +86,10 @@ def _load(split: str, path: str, image_size: int) -> FolderSource:
     h = w = image_size
   else:
     first = _images(os.path.join(train, classes[0]))[0]
-    h, w, _ = decode_image(first, first, image_size=0).shape
+    h, w, channels = decode_image(first, first, image_size=0).shape
+    found = [file for names in files for file in names]
+    for file in found[:: -(-len(found) // _NUM_COMPARED)]:  # most mixed folders show at once
+      check_shape(decode_image(file, file, image_size=0), (h, w, channels), file)
   return FolderSource(
     paths=[file for names in files for file in names],
     labels=np.repeat(np.arange(len(classes), dtype=np.int32), [len(names) for names in files]),

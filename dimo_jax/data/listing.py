@@ -1,5 +1,6 @@
 """What a data set on disk holds: folders of images, or tar files as ImageNet comes in."""
 
+import glob
 import hashlib
 import os
 import re
@@ -110,7 +111,7 @@ def list_source(source: str, labels_path: str = "") -> Listing:
   if not classes:
     raise UserError(
       f"{_place(source, 'train')} has no images in folders of classes; images end in"
-      f" {', '.join(EXTENSIONS)}"
+      f" {', '.join(EXTENSIONS)}{_of_tars(_place(source, 'train'))}"
     )
   validation = items["validation"]
   if validation and not any(item.class_name for item in validation):
@@ -145,7 +146,16 @@ def _place(source: str, split: str) -> str:
   for name in PLACES[split]:
     if os.path.exists(os.path.join(source, name)):
       return os.path.join(source, name)
-  raise UserError(f"--source={source!r} must hold one of {', '.join(PLACES[split])}")
+  raise UserError(
+    f"--source={source!r} must hold one of {', '.join(PLACES[split])}{_of_tars(source)}"
+  )
+
+
+def _of_tars(folder: str) -> str:
+  """What to do where a folder holds the tar files of the classes."""
+  if not glob.glob(os.path.join(glob.escape(folder), "*.tar")):
+    return ""
+  return "; it holds .tar files: unpack each to a folder of its name, or give the tar they came in"
 
 
 def _folder_items(folder: str, split: str, skipped: list[tuple[str, str]]) -> Iterator[_Item]:

@@ -9,12 +9,14 @@ from typing import Any, SupportsIndex
 import numpy as np
 from jaxtyping import Int32
 
+from dimo_jax.data.sources import Source
 from dimo_jax.types import UserError
 
 __all__ = ["MANIFEST", "TOKENS", "TokenSource", "describe", "load_tokens", "read_manifest"]
 
 FORMAT = 1
 TOKENS, MANIFEST = "tokens.npy", "tokens.json"
+_NUM_COMPARED = 64  # images
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +42,20 @@ class TokenSource:
 
 
 def describe(
-  labels: np.ndarray, num_tokens: int, tokenizer_sha256: str, compute_dtype: str
+  source: Source, num_tokens: int, tokenizer_sha256: str, compute_dtype: str
 ) -> dict[str, Any]:
-  """What codes depend on, as their manifest has it; images are known by number and classes."""
+  """What codes depend on, as their manifest has it; images are known by their number, their classes
+  and the pixels of some of them, evenly spaced.
+  """
+  pixels = hashlib.sha256()
+  for index in np.linspace(0, len(source) - 1, min(len(source), _NUM_COMPARED), dtype=int):
+    pixels.update(source[int(index)]["image"].tobytes())
   return {
     "format": FORMAT,
-    "num_images": len(labels),
+    "num_images": len(source),
     "num_tokens": num_tokens,
-    "labels_sha256": hashlib.sha256(labels.tobytes()).hexdigest(),
+    "labels_sha256": hashlib.sha256(source.labels.tobytes()).hexdigest(),
+    "images_sha256": pixels.hexdigest(),
     "tokenizer_sha256": tokenizer_sha256,
     "compute_dtype": compute_dtype,
   }
@@ -102,6 +110,7 @@ def _what(name: str) -> str:
   texts = {
     "tokenizer_sha256": "tokenizer than tokenizer.path names",
     "labels_sha256": "data set than data.path names",
+    "images_sha256": "data set than data.path names",
     "num_images": "data set than data.path names",
     "compute_dtype": "precision than precision.compute_dtype",
     "num_tokens": "number of tokens than the tokenizer makes",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dimo_jax.types import Array, Float, UInt8
+from dimo_jax.types import Array, Float, UInt8, UserError
 
 _MIN_SIDE = 32  # pixels; smaller images are enlarged by whole factors
 _MAX_COLUMNS, _MAX_WIDTH = 10, 1280  # of a grid, in images and in pixels without gaps
@@ -31,8 +31,17 @@ def grid(images: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "height widt
 
 
 def tile(pixels: UInt8[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "height width 3"]:
-  """As `grid`, of pixels."""
+  """As `grid`, of pixels.
+
+  Raises:
+    UserError: neither grey images nor RGB.
+  """
   n, h, w, c = pixels.shape
+  if c not in (1, 3):
+    raise UserError(
+      f"images of {c} channels cannot be drawn, only of 1 or 3; their numbers are what"
+      " dimo_jax.load(...).sample returns"
+    )
   factor = max(1, -(-_MIN_SIDE // max(h, w)))
   pixels = np.repeat(pixels, 3, axis=-1) if c == 1 else pixels
   pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)

@@ -61,8 +61,8 @@ def _check_installed() -> None:
   missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
   if missing:
     raise UserError(
-      f"{' and '.join(missing)} must be installed for this page: pip install 'dimo-jax[serve]', or"
-      " pip install -r requirements-serve.txt"
+      f"{' and '.join(missing)} must be installed for this page: pip install -r"
+      " requirements-serve.txt"
     )
 
 

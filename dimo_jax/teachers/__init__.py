@@ -20,12 +20,20 @@ from dimo_jax.teachers.tokenizers import NoTokenizer, PatchTokenizer, PixelToken
 from dimo_jax.teachers.vqgan import VQGANTokenizer
 from dimo_jax.types import UserError, choose
 
-__all__ = ["DENOISERS", "TEACHERS", "TOKENIZERS", "Teacher", "build_teacher", "build_tokenizer"]
+__all__ = [
+  "COMPUTE_DTYPES",
+  "DENOISERS",
+  "TEACHERS",
+  "TOKENIZERS",
+  "Teacher",
+  "build_teacher",
+  "build_tokenizer",
+]
 
 Teacher = MaskedNetwork | GaussianNetwork
 ImageShape = tuple[int, int, int]
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DENOISERS: dict[str, type[ADM] | type[SongUNet] | type[DenoisingMLP]] = {
   "adm": ADM,
   "song": SongUNet,
@@ -53,7 +61,7 @@ def _maskgit(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> MaskedT
       num_tokens=tokenizer.grid[0] * tokenizer.grid[1],
       codebook_size=tokenizer.codebook_size,
       num_classes=config.data.num_classes,
-      dtype=choose(_DTYPES, config.precision.compute_dtype, "precision.compute_dtype"),
+      dtype=choose(COMPUTE_DTYPES, config.precision.compute_dtype, "precision.compute_dtype"),
       **config.model,
     )
   )
@@ -89,7 +97,7 @@ def _edm(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> GaussianTea
     img_resolution=height,
     img_channels=channels,
     label_dim=config.data.num_classes,
-    dtype=choose(_DTYPES, config.precision.compute_dtype, "precision.compute_dtype"),
+    dtype=choose(COMPUTE_DTYPES, config.precision.compute_dtype, "precision.compute_dtype"),
     **fields,
   )
   precond = _PRECONDITIONERS[config.process.name]
@@ -121,7 +129,7 @@ def _vqgan(config: ml_collections.ConfigDict, image_shape: ImageShape | None) ->
   fields = config.tokenizer
   network = VQGAN(
     resolution=fields.grid_size * fields.patch_size,
-    dtype=choose(_DTYPES, config.precision.compute_dtype, "precision.compute_dtype"),
+    dtype=choose(COMPUTE_DTYPES, config.precision.compute_dtype, "precision.compute_dtype"),
     **pick(VQGAN, fields),
   )
   tokenizer = VQGANTokenizer(network, fields.path)

@@ -73,10 +73,18 @@ class PatchTokenizer:
     if (height, width) != (side, side):
       raise UserError(
         f"tokenizer.grid_size={self.grid_size} times tokenizer.patch_size={self.patch_size} must be"
-        f" the image's size, {height}x{width}"
+        f" the image's size, {height}x{width}{self._fitting()}"
       )
     if self.codebook_size < 2:
       raise UserError(f"tokenizer.codebook_size={self.codebook_size} must be 2 or more")
+
+  def _fitting(self) -> str:
+    height, width, _ = self.image_shape
+    if height != width:
+      return ", and that a square: data.image_size crops to one"
+    if self.patch_size < 1 or height % self.patch_size:
+      return ""
+    return f"; patches of {self.patch_size} make a grid of {height // self.patch_size}"
 
   @property
   def grid(self) -> tuple[int, int]:

@@ -334,6 +334,14 @@ def no_tar(root):
       "{}/train has no images in folders of classes; images end in .png",
     ),
     (
+      lambda root: [
+        (remove(f"train/{name}")(root), (root / f"train/{name}.tar").touch()) for name in CLASSES
+      ],
+      {},
+      "{}/train has no images in folders of classes; images end in .png, .jpg, .jpeg, .webp; it"
+      " holds .tar files: unpack each",
+    ),
+    (
       lambda root: [path.unlink() for path in (root / "train/b").iterdir()],
       {},
       "{}/train/b has no images; they end in .png",

@@ -347,6 +347,10 @@ def remove(name):
       lambda root: (root / "train/a/x.png").write_text("no image"),
       "{}/train/a/x.png cannot be read as an image: cannot identify image file",
     ),
+    (
+      lambda root: Image.new("RGB", (5, 7)).save(root / "train/b/x.png"),
+      "{}/train/b/x.png has 5x7 pixels, not ",
+    ),
   ],
 )
 def test_bad_folders_are_one_line(change, message, tmp_path):
