@@ -9,6 +9,7 @@ import pytest
 from dimo_jax.evaluation import generation, pictures
 from dimo_jax.sharding import make_mesh
 from dimo_jax.state import NetworkState
+from dimo_jax.types import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,3 +100,8 @@ def test_a_grid_is_as_wide_as_a_screen(side, n, columns, rows):
   pixels = pictures.grid(np.broadcast_to(np.float32(0), (n, side, side, 3)))
   side = max(side, 32)
   assert pixels.shape == (rows * (side + 2) - 2, columns * (side + 2) - 2, 3)
+
+
+def test_images_of_two_channels_are_no_picture():
+  with pytest.raises(UserError, match="images of 2 channels cannot be drawn, only of 1 or 3"):
+    pictures.grid(np.zeros((1, 4, 4, 2), np.float32))
