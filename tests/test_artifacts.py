@@ -376,6 +376,7 @@ def test_grey_denoisers_are_known_converted_or_not(tmp_path):
     assert dimo_jax.load(path).image_shape == (8, 8, 1)
 
 
+@pytest.mark.ci
 def test_loading_defines_no_flags():
   """A library in a program with flags of its own."""
   code = (

@@ -76,6 +76,7 @@ def test_compiled_programs_are_kept_on_accelerators(
   assert updates == (wanted if kept else [])
 
 
+@pytest.mark.ci
 def test_the_first_is_known_and_believed(seen):
   assert [s["is_first"] for s in seen] == [True, False]
   for name, wanted in (
@@ -87,11 +88,13 @@ def test_the_first_is_known_and_believed(seen):
     assert [s[name] for s in seen] == [wanted] * 2, name
 
 
+@pytest.mark.ci
 def test_a_folder_that_is_not_shared_is_refused_by_all(seen):
   for i, s in enumerate(seen):
     assert f"own_{i}" in s["not_shared"] and "not one folder for all processes" in s["not_shared"]
 
 
+@pytest.mark.ci
 def test_each_feeds_its_own_rows_and_gets_its_own_slices(seen):
   assert [s["local_rows"] for s in seen] == [[0, 1, 2, 3], [4, 5, 6, 7]]
   for s in seen:
@@ -101,6 +104,7 @@ def test_each_feeds_its_own_rows_and_gets_its_own_slices(seen):
     assert s["draw"] == float(jax.random.uniform(jax.random.key(7)))
 
 
+@pytest.mark.ci
 def test_they_judge_as_one_process_does_and_write_once(seen, tmp_path):
   alone = judged.evaluate(make_mesh(), tmp_path / "alone")
   assert seen[0]["rows"] == seen[1]["rows"] == seen[0]["written"]
@@ -110,6 +114,7 @@ def test_they_judge_as_one_process_does_and_write_once(seen, tmp_path):
   assert seen[0]["rows"][0]["fid"] != pytest.approx(alone[1]["fid"], rel=0.1)
 
 
+@pytest.mark.ci
 def test_a_ctrl_c_to_one_stops_both_at_the_same_call(seen):
   assert seen[0]["stopped_at"] == seen[1]["stopped_at"] > 0
   assert seen[0]["still_set"] and seen[1]["still_set"]

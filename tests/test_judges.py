@@ -64,6 +64,7 @@ def test_a_teacher_over_steps(workdir, tmp_path):
   assert rows[0]["weights_sha256"] == rows[1]["weights_sha256"]
 
 
+@pytest.mark.ci
 def test_a_sweep_finds_its_best_point(workdir, checkpoint_row, tmp_path):
   out, own = tmp_path / "sweep.jsonl", checkpoint_row["sampler"]["temperature"]
   options = ("--protocol=debug", f"--out={out}")

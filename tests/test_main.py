@@ -142,7 +142,10 @@ def refused(command, tmp_path):
     ("--config.log.evaluate_every_steps=-5", ["log.evaluate_every_steps=-5", "0 is off"]),
     ("--config.seed=-1", ["seed=-1", "0 .. 4294967295"]),
     ("--config.seed=4294967296", ["seed=4294967296", "0 .. 4294967295"]),
-    ("--config.teacher.path=nowhere.safetensors", ["nowhere.safetensors does not exist"]),
+    (
+      "--config.teacher.path=nowhere.safetensors",
+      ["teacher.path='nowhere.safetensors' does not exist"],
+    ),
   ],
 )
 def test_a_bad_value_has_one_line_that_says_what_is_right(refused, argument, needles):

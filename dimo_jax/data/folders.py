@@ -89,7 +89,11 @@ def _load(split: str, path: str, image_size: int) -> FolderSource:
     h, w, channels = decode_image(first, first, image_size=0).shape
     found = [file for names in files for file in names]
     for file in found[:: -(-len(found) // _NUM_COMPARED)]:  # most mixed folders show at once
-      check_shape(decode_image(file, file, image_size=0), (h, w, channels), file)
+      try:
+        levels = decode_image(file, file, image_size=0)
+      except UserError:
+        continue  # a damaged one is said when it is read
+      check_shape(levels, (h, w, channels), file)
   return FolderSource(
     paths=[file for names in files for file in names],
     labels=np.repeat(np.arange(len(classes), dtype=np.int32), [len(names) for names in files]),
