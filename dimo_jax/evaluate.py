@@ -45,7 +45,9 @@ def evaluate_workdir(experiment: Experiment, workdir: Path, *, checkpoint: str =
   if experiment.protocol is None and experiment.published is None:
     lacks = "" if name == "none" else ", and neither evaluation.inception nor .statistics given"
     say(f"evaluation: off (evaluation.protocol={name!r}{lacks})")
-    say(f"pictures: {workdir / 'distill' / 'pictures'}; more: --workdir={workdir} --mode=sample")
+    pictures = workdir / "distill" / "pictures"
+    if pictures.is_dir():
+      say(f"pictures: {pictures}; more: --workdir={workdir} --mode=sample")
     return
   judge = RunJudge.of(experiment, workdir)
   teacher, state = train.restore(experiment, workdir, checkpoint=checkpoint)
