@@ -155,6 +155,20 @@ def counted(judge, fails_at=None):
   return Counted(**{field.name: getattr(judge, field.name) for field in fields}), seen
 
 
+def test_a_copy_of_an_earlier_training_is_made_again(tmp_path):
+  training, copy = tmp_path / "training", tmp_path / "copies" / "5"
+  (training / "distill" / "checkpoints" / "5").mkdir(parents=True)
+  (training / "config.json").write_text("{}")
+  for text in ("one", "another"):
+    (training / "distill" / "record.json").write_text(text)
+    (training / "distill" / "checkpoints" / "5" / "weights").write_text(text)
+    assert judges._copy_checkpoint(training, 5, copy)
+    assert (copy / "distill" / "checkpoints" / "5" / "weights").read_text() == text
+  (training / "distill" / "checkpoints" / "5" / "weights").write_text("not looked at again")
+  assert judges._copy_checkpoint(training, 5, copy)
+  assert (copy / "distill" / "checkpoints" / "5" / "weights").read_text() == "another"
+
+
 @pytest.mark.ci
 def test_a_watch_evaluates_each_checkpoint_once(workdir, tmp_path):
   training, out = tmp_path / "training", tmp_path / "watch" / "results.jsonl"
