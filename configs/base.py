@@ -120,7 +120,8 @@ def get_config() -> ConfigDict:
 
   config.mesh = mesh = ConfigDict()
   mesh.fsdp = 1  # devices that share one copy of the parameters; the rest is data parallel
-  # (regex on a parameter's path, dimension to split or None); else the largest that divides.
+  # (regex searched in a path such as generator/params/last_dense/kernel, dimension to split or
+  # None); else the largest that divides.
   mesh.rules = ()
 
   config.teacher = teacher = ConfigDict()

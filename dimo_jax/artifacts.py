@@ -6,6 +6,7 @@ size, nor the number of devices, nor what is sampled beside it changes it (but f
 
 import abc
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -303,7 +304,7 @@ class NetworkArtifact(Artifact):
   """Weights with our own networks and samplers, over all local devices."""
 
   def __init__(self, parts: Parts):
-    """Checks the weights' shapes and puts them on the devices."""
+    """Checks the weights' shapes."""
     models = parts.recipe.models(parts.name)
     self.name, self.role, self.kind = parts.name, parts.role, models.teacher.kind
     self.num_classes = parts.recipe.config.data.num_classes
@@ -315,8 +316,12 @@ class NetworkArtifact(Artifact):
     self.temperature = sampler.temperature if isinstance(sampler, OneStep | MaskGit) else None
     _check_shapes(parts, models)
     self._mesh = make_mesh(devices=jax.local_devices())
-    self._weights = jax.device_put(dict(parts.weights), replicated(self._mesh))
     self._compiled: dict[tuple[int, int, bool, bool], Callable[..., Array]] = {}
+
+  @functools.cached_property
+  def _weights(self) -> Params:
+    """On the devices; made where it samples, and who only reads it holds its weights once."""
+    return jax.device_put(dict(self.parts.weights), replicated(self._mesh))
 
   def _compile(
     self, num: int, steps: int, tokens: bool, tempered: bool
@@ -534,8 +539,8 @@ def _read_export(folder: Path) -> Parts | ProgramArtifact:
     tree = {"tokenizer": {}} | read_tree(folder / PARAMS_FOLDER)
   else:
     teacher = recipe.models(name).teacher
-    arrays, _ = load_params(folder / TORCH_FILES[teacher.kind])
-    tree = {"network": prepare.from_published(teacher, arrays), "tokenizer": {}}
+    tensors = files.read(folder / TORCH_FILES[teacher.kind]).tensors
+    tree = {"network": prepare.from_published(teacher, tensors), "tokenizer": {}}
     if (folder / TOKENIZER_FILE).exists():
       tree["tokenizer"] = unflatten(load_params(folder / TOKENIZER_FILE)[0])
   return Parts(name, recipe, tree, manifest["role"], manifest["clock"])

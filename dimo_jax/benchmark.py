@@ -22,6 +22,7 @@ from dimo_jax import cli, prepare, start
 from dimo_jax.build import Experiment, build
 from dimo_jax.evaluation.generation import sample_images
 from dimo_jax.evaluation.report import versions
+from dimo_jax.preemption import STOP
 from dimo_jax.sharding import check_batch, shard_batch
 from dimo_jax.state import DistillState, Nets, NetworkState
 from dimo_jax.types import Params
@@ -40,9 +41,14 @@ Row = dict[str, Any]
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-  """Median wall-clock seconds of a call whose result is waited for, after two warm-ups."""
+  """Median wall-clock seconds of a call whose result is waited for, after two warm-ups.
+
+  Raises:
+    Preempted: a signal came.
+  """
   times = []
   for i in range(_NUM_WARMUP + repeats):
+    STOP.raise_if_set()
     began = time.perf_counter()
     jax.block_until_ready(call())
     if i >= _NUM_WARMUP:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import traceback
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from dimo_jax.profile import check_profile_steps
 from dimo_jax.samplers import Sampler
 from dimo_jax.samplers.edm import Heun
 from dimo_jax.samplers.maskgit import MaskGit
-from dimo_jax.sharding import check_batch, make_mesh, state_sharding
+from dimo_jax.sharding import check_batch, check_rules, make_mesh
 from dimo_jax.state import split
 from dimo_jax.teachers import COMPUTE_DTYPES, Teacher, build_teacher, build_tokenizer, pick
 from dimo_jax.teachers.edm import GaussianTeacher
@@ -180,9 +181,15 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Experi
     )
   key = jax.random.key(0)
   shapes = jax.eval_shape(teacher.init, key)
-  split(shapes, tuple(config.optim.frozen))
-  state_sharding(shapes, mesh, config.mesh.rules)
-  jax.eval_shape(lambda p: objective.fake_score_params(key, teacher.frozen_state(p, {})), shapes)
+  fake_score = jax.eval_shape(
+    lambda p: objective.fake_score_params(key, teacher.frozen_state(p, {})), shapes
+  )
+  names, frozen = ("params", "frozen"), tuple(config.optim.frozen)
+  parts = {
+    part: dict(zip(names, split(params, frozen), strict=True))
+    for part, params in (("generator", shapes), ("fake_score", fake_score))
+  }
+  check_rules({**parts, "ema": parts["generator"]["params"]}, mesh, config.mesh.rules)
   optimizers = {}
   for name in ("generator", "fake_score"):
     optimizers[name] = OptimizerSpec(**config.optim[name])
@@ -247,21 +254,29 @@ def _check_teacher(
       raise UserError(
         f"{name} makes images of shape {teacher.image_shape}; tokenizer.name="
         f"{config.tokenizer.name!r} with data.name={config.data.name!r} has"
-        f" {tokenizer.image_shape or 'none'}: take 'pixels' and images of that shape, which only a"
-        " GAN or a teacher's training look at"
+        f" {tokenizer.image_shape or 'none'}: take tokenizer.name='pixels' and a data.name"
+        " with images of that shape, which only a GAN or a teacher's training look at"
       )
     shape = (1, *teacher.image_shape)
-  if isinstance(teacher, MaskedTeacher | GaussianTeacher):
+  if type(teacher) in (MaskedTeacher, GaussianTeacher):
     return  # these are built to fit
   condition = {"class_id": jnp.zeros(1, jnp.int32)}
   try:
     params = jax.eval_shape(teacher.init, jax.random.key(0))
     output = jax.eval_shape(teacher.apply, params, teacher.example, condition)
-  except (TypeError, ValueError) as error:
-    line = (str(error).splitlines() or [repr(error)])[0]
-    raise UserError(f"{name}: its network fails on one sample: {line}") from error
-  if output.shape != shape:
-    raise UserError(f"{name}: its network makes {output.shape} of one sample, must make {shape}")
+  except UserError:
+    raise
+  except Exception as error:  # the user's own code
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+    line = (str(error).splitlines() or [""])[0]
+    raise UserError(
+      f"{name}: its network fails on one sample: {type(error).__name__}: {line}"
+      f" ({frame.filename}, line {frame.lineno})"
+    ) from error
+  found_shape = getattr(output, "shape", type(output).__name__)
+  if found_shape != shape:
+    raise UserError(f"{name}: its network makes {found_shape} of one sample, must make {shape}")
 
 
 def build_models(
@@ -276,7 +291,7 @@ def build_models(
   tokenizer = build_tokenizer(config, image_shape)
   teacher = build_teacher(config, tokenizer)
   pretraining, decoding, objective_fields = _family(config, tokenizer, teacher)
-  objective_type = choose(OBJECTIVES, config.objective, "objective")
+  objective_type = choose(OBJECTIVES, config.objective, "objective", extensible=True)
   if objective_type.teacher_kind != teacher.kind:
     raise UserError(
       f"objective={config.objective!r} is for {objective_type.teacher_kind} teachers;"
@@ -333,7 +348,9 @@ def _published(
   if tokenizer.image_shape != shape:
     raise UserError(f"{field} is for images {shape}; this run's are {tokenizer.image_shape}")
   if config.data.num_classes != protocol.num_classes:
-    raise UserError(f"{field} is for {protocol.num_classes} classes; data.num_classes differs")
+    raise UserError(
+      f"{field}: data.num_classes={config.data.num_classes} must be {protocol.num_classes}"
+    )
   if jax.process_count() > 1:
     raise UserError(
       f"{field} is for runs of one process: set 'none', and follow the run with"

@@ -80,6 +80,8 @@ class Checkpoints:
   def _open(self) -> ocp.CheckpointManager:
     bad_metrics: dict[int, str] = {}
     for path in self._directory.glob("*/metrics/metrics"):  # one bad file would fail them all
+      if not path.parts[-3].isdigit():
+        continue  # of an unfinished checkpoint, which orbax takes away
       try:
         json.loads(path.read_text(encoding="utf-8"))
       except ValueError as error:
@@ -157,12 +159,12 @@ class Checkpoints:
       lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s), tree, shardings
     )
     for candidate in steps:
-      reason, saved = "", {}
+      reason, saved, restored = "", {}, {}
       try:
         # Not the manager's restore: its barrier would hang where one process cannot read.
         path = self._directory / str(candidate) / "default"
         _check_names(path, tree, partial=partial)
-        tree = _restore_part(path, abstract) if partial else _restore(path, abstract)
+        restored = _restore_part(path, abstract) if partial else _restore(path, abstract)
         saved = self._manager.metadata(candidate).custom_metadata.get("checksums")
         reason = "" if saved else "its checksums cannot be read"
       except UserError:
@@ -172,10 +174,12 @@ class Checkpoints:
           raise
         reason = str(error).strip() or repr(error)
       if not in_any(bool(reason)):
-        changed = [name for name, value in checksums(tree).items() if saved.get(name) != value]
+        found = checksums(restored)
+        changed = [name for name, value in found.items() if saved.get(name) != value]
         if not changed:
-          return serialization.from_state_dict(state, tree), candidate
+          return serialization.from_state_dict(state, restored), candidate
         reason = f"{changed[0]} is not what was saved ({len(changed)} arrays changed)"
+      del restored  # the devices may not hold two states
       self._manager.close()
       self._move_aside(candidate, reason or "another process cannot read it")
       self._manager = self._open()
@@ -297,13 +301,20 @@ def read_tree(path: Path) -> Any:
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-  """Without orbax's warnings, which are about what is meant: to read only, and of any structure."""
-  before = logging.get_verbosity()
-  logging.set_verbosity(logging.FATAL)
+  """Without orbax's warnings, which are about what is meant: to read only, and of any structure.
+
+  What a program around it logs of its own is not touched.
+  """
+
+  def of_others(record: Any) -> bool:
+    return "orbax" not in Path(record.pathname).parts
+
+  logger = logging.get_absl_logger()
+  logger.addFilter(of_others)
   try:
     yield
   finally:
-    logging.set_verbosity(before)
+    logger.removeFilter(of_others)
 
 
 def _quiet_abandoned_reads() -> None:
@@ -390,7 +401,7 @@ def params_hash(params: Params) -> str:
   for path, leaf in sorted(traverse_util.flatten_dict(fetch(params), sep="/").items()):
     value = np.asarray(leaf)
     digest.update(f"{path} {value.dtype} {value.shape}\n".encode())
-    digest.update(np.ascontiguousarray(value).tobytes())
+    digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
-"""What every command shares: the `--config` flag, one line for a mistake, exit codes."""
+"""What every command shares: --config and --import, one line for a mistake, exit codes."""
 
-import importlib
+import argparse
+import importlib.util
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from dimo_jax.types import UserError
 
 BAD_INPUT, STOPPED = 2, 3  # exit codes, beside preemption.RESUME_EXIT_CODE
 
+IMPORT_HELP = "--import: Python file of rows of your own, imported first; may be repeated."
 _CONFIG_HELP = "Config file, such as configs/digits.py; --config.a.b=1 sets a field of it."
 CONFIG = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
 
@@ -75,13 +77,24 @@ def _import_files() -> None:
   """Takes every --import=FILE.py off the command line and imports the file, as a config would be:
   what it registers is known from then on.
   """
-  flag = "--import="
-  for argument in [argument for argument in sys.argv[1:] if argument.startswith(flag)]:
-    sys.argv.remove(argument)
-    path = Path(argument.removeprefix(flag))
-    if path.suffix != ".py" or not path.is_file():
-      raise UserError(f"{argument} must be a Python file that registers what is your own")
-    sys.path.insert(0, str(path.parent.resolve()))
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+  parser.add_argument("--import", action="append", default=[], dest="files")
+  try:
+    known, sys.argv[1:] = parser.parse_known_args(sys.argv[1:])
+  except argparse.ArgumentError as error:
+    raise UserError(f"--import: {error.message}; it takes a Python file") from error
+  for file in known.files:
+    path = Path(file)
+    if path.suffix != ".py" or not path.stem.isidentifier():
+      raise UserError(f"--import={file} must be a Python file that registers what is your own")
+    if not path.is_file():
+      raise UserError(f"--import={file} does not exist")
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+      sys.path.append(folder)  # for what it imports itself; after ours, such as configs
+    found = importlib.util.find_spec(path.stem)
+    if found is None or found.origin is None or Path(found.origin).resolve() != path.resolve():
+      raise UserError(f"--import={file}: there is another module {path.stem!r}; rename the file")
     importlib.import_module(path.stem)
 
 
@@ -105,7 +118,7 @@ def _parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
   own = flag_values is not flags.FLAGS
   if {"--help", "-h"} & set(argv):
     shared = "" if own else f"\n  --config: {_CONFIG_HELP}"
-    shared += "\n  --import: Python file of rows of your own, imported first; may be repeated."
+    shared += f"\n  {IMPORT_HELP}"
     flags_help = flag_values.get_help() if own else flag_values.main_module_help()
     print(f"{sys.modules['__main__'].__doc__}\n{flags_help}\n\n{__name__}:{shared}")
     sys.exit(0)

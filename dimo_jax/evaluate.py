@@ -171,7 +171,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = _Parser(prog="python -m dimo_jax.evaluate", allow_abbrev=False)
+  parser = _Parser(prog="python -m dimo_jax.evaluate", allow_abbrev=False, epilog=cli.IMPORT_HELP)
   kinds = parser.add_subparsers(dest="job", required=True, metavar="JOB")
 
   def job(name: str, run: Callable[..., None], text: str) -> argparse.ArgumentParser:

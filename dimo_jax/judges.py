@@ -248,13 +248,19 @@ class OwnJudge:
     """Itself.
 
     Raises:
-      UserError: images of another size than the classifier's.
+      UserError: images of another size than the classifier's, or other classes.
     """
     wanted = tuple(self.reference.classifier.image_shape)
     if generator.image_shape != wanted:
       raise UserError(
         f"{generator.name} has images {generator.image_shape},"
         f" protocol={self.reference.protocol.name!r} is for {wanted}"
+      )
+    num_classes = self.reference.classifier.module.num_classes
+    if generator.num_classes != num_classes:
+      raise UserError(
+        f"{generator.name} has {generator.num_classes} classes, the classifier of"
+        f" protocol={self.reference.protocol.name!r} has {num_classes}"
       )
     return self
 
@@ -359,7 +365,8 @@ def evaluate_once(
   fitted = judge.fitted_to(generator)
   key = {**fitted.identity, "batch_size": fitted.batch_size, **source}
   row = scoring.find_row(out, key | {"sampler": dict(generator.settings)})
-  if row is not None:
+  per_class = isinstance(judge, OwnJudge) and judge.per_class
+  if row is not None and (not per_class or "per_class" in row):
     say(f"{generator.name}: {out} has its row, distance {distance_of(row):.4f}")
     return row
   return judge.evaluate(generator, out, source)
@@ -428,14 +435,19 @@ def watch(
   copies = out.with_name(f"{out.name}.checkpoints")
   skipped: set[int] = set()
   waiting: set[int] | None = None
+  training: str | None = None
   while True:
-    watched = {**asked, "record_sha256": _record_hash(workdir)}
+    if training != (training := _record_hash(workdir)):
+      skipped.clear()
+    watched = {**asked, "record_sha256": training}
     rows = _rows_of(out, {**judge.identity, **watched})
     done = {row["step"] for row in rows}
     for step in sorted(_finished_steps(workdir) - done - skipped):
       copy = copies / str(step)
       if not _copy_checkpoint(workdir, step, copy):
         continue
+      if _record_hash(copy) != training:
+        break
       generator = None
       try:
         generator = load_generator(str(copy), tokenizer=tokenizer, fields=fields)
@@ -447,6 +459,8 @@ def watch(
         skipped.add(step)
         continue
       _keep_best(workdir, copies, rows)
+    if _record_hash(workdir) != training:
+      continue  # another training has begun meanwhile
     if rows:
       _keep_best(workdir, copies, rows)
     seen = skipped.union(row["step"] for row in rows)

@@ -234,7 +234,7 @@ def load_teacher(experiment: Experiment, location: str | Path) -> tuple[Params, 
     network, tokenizer = tree["network"], tree.get("tokenizer")
     if isinstance(experiment.teacher, MaskedTeacher):
       network = maskgit.arrange(network, scan_layers=experiment.teacher.network.scan_layers)
-  elif set(archive.tensors) == set(wanted):
+  elif not _is_published(experiment) or set(archive.tensors) & set(wanted):
     network = traverse_util.unflatten_dict(dict(archive.tensors), sep="/")
   else:
     network = _from_published(experiment, field, archive)
@@ -283,6 +283,12 @@ def _unpublished(teacher: Teacher) -> UserError:
   )
 
 
+def _is_published(experiment: Experiment) -> bool:
+  """Whether there are published weights of such a teacher."""
+  name = experiment.config.teacher.name
+  return any(row.teacher == name for row in families.FAMILIES.values())
+
+
 def _from_published(experiment: Experiment, field: str, archive: Archive) -> Params:
   """The network of a published file; of one with several, the first that is a teacher."""
   wanted = experiment.config.teacher.name
@@ -292,7 +298,6 @@ def _from_published(experiment: Experiment, field: str, archive: Archive) -> Par
     family = families.FAMILIES[name]
     if family.teacher != wanted:
       fitting = [row.title for row in families.FAMILIES.values() if row.teacher == wanted]
-      fitting = fitting or [f"a {TEACHER_FILE} that was trained here"]
       raise UserError(
         f"it is {family.title}, and teacher.name={wanted!r} needs {' or '.join(fitting)}"
       )

@@ -6,6 +6,7 @@ the devices are slices joined by a data-centre network, `fsdp` stays inside a sl
 crosses that network.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dimo_jax.types import Int, UserError, check_pattern
+from dimo_jax.types import Array, Int, UserError, check_pattern
 
 # (regex on the parameter's path, dimension to split, or None to replicate); the first match wins.
 Rules = Sequence[tuple[str, int | None]]
@@ -125,7 +126,7 @@ def _parameter_spec(path: str, shape: tuple[int, ...], fsdp: int, rules: Rules) 
   axis = None
   for pattern, dimension in rules:
     if re.search(pattern, path):
-      if dimension is not None and (dimension >= len(shape) or shape[dimension] % fsdp):
+      if dimension is not None and (not 0 <= dimension < len(shape) or shape[dimension] % fsdp):
         raise UserError(
           f"mesh.rules {pattern!r} splits dimension {dimension} of {path}, of shape {shape},"
           f" which mesh.fsdp={fsdp} does not divide"
@@ -160,6 +161,18 @@ def state_sharding(
   return jax.tree_util.tree_map_with_path(leaf, state)
 
 
+def check_rules(state: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
+  """Raises UserError where a rule of the config matches nothing in a state, or cannot split it."""
+  state_sharding(state, mesh, rules)
+  paths = jax.tree_util.tree_leaves_with_path(state)
+  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+  for pattern, _ in rules:
+    if not any(re.search(pattern, name) for name in names):
+      raise UserError(
+        f"mesh.rules {pattern!r} matches nothing; the state has paths such as {names[0]}"
+      )
+
+
 def to_memory(state: Any, mesh: Mesh, rules: Rules = (), host: Sequence[str] = ()) -> Any:
   """A state on the mesh with what matches `host` in the hosts' memory, all else on the devices.
 
@@ -169,13 +182,16 @@ def to_memory(state: Any, mesh: Mesh, rules: Rules = (), host: Sequence[str] = (
   wanted = jax.tree.leaves(state_sharding(state, mesh, rules, host))
   moving = [i for i, x in enumerate(leaves) if x.sharding.memory_kind != wanted[i].memory_kind]
   if moving:
-    shardings = [wanted[i] for i in moving]
-    moved = jax.jit(lambda xs: jax.device_put(xs, shardings), out_shardings=shardings)(
-      [leaves[i] for i in moving]
-    )
+    moved = _mover(tuple(wanted[i] for i in moving))([leaves[i] for i in moving])
     for i, x in zip(moving, moved, strict=True):
       leaves[i] = x
   return jax.tree.unflatten(tree, leaves)
+
+
+@functools.cache  # else every save would compile its transfer again
+def _mover(shardings: tuple[jax.sharding.Sharding, ...]) -> Callable[[list[Array]], list[Array]]:
+  wanted = list(shardings)
+  return jax.jit(lambda xs: jax.device_put(xs, wanted), out_shardings=wanted)
 
 
 def bytes_per_device(

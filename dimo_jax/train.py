@@ -1,5 +1,6 @@
 """Training: a teacher where none is given, then the distillation. Build, restore, loop."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -103,7 +104,9 @@ class Loop:
     writer = Writer(self._directory, self._name, start, self._num_steps, trackers)
     pending = None  # (step, metrics) of the previous iteration
     stream = batches(start)
-    try:
+    with contextlib.ExitStack() as opened:
+      for resource in (self._profile, writer, self._checkpoints):  # closed in the reverse order
+        opened.callback(resource.close)
       for step in range(start + 1, self._num_steps + 1):
         batch = next(stream)
         with jax.transfer_guard("disallow"):  # nothing waits for a host's array unseen
@@ -131,10 +134,6 @@ class Loop:
           del whole
         if stopping:
           STOP.raise_if_set()
-    finally:
-      self._checkpoints.close()
-      writer.close()
-      self._profile.close()
     return state
 
   def _on_device(self, state: Any) -> Any:

@@ -20,6 +20,7 @@ __all__ = [
   "Params",
   "UInt8",
   "UInt32",
+  "UnknownName",
   "UserError",
   "check_pattern",
   "choose",
@@ -42,18 +43,23 @@ class UserError(Exception):
 
 
 class UnknownName(UserError):
-  """A name that no registry has."""
+  """A name that is in no registry, though a user's own file may add it."""
 
 
-def choose(registry: Mapping[str, T], name: str, field: str) -> T:
+def choose(registry: Mapping[str, T], name: str, field: str, *, extensible: bool = False) -> T:
   """The entry of a registry that a config field names.
 
+  Args:
+    extensible: users may add rows of their own.
+
   Raises:
-    UnknownName: naming the field, the unknown value, the nearest entry and all entries.
+    UserError: naming the field, the unknown value, the nearest entry and all entries; UnknownName
+      where it is extensible.
   """
   if name in registry:
     return registry[name]
-  raise UnknownName(f"{field}={name!r} is unknown{suggest(name, registry)}")
+  error = UnknownName if extensible else UserError
+  raise error(f"{field}={name!r} is unknown{suggest(name, registry)}")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 from safetensors.numpy import load_file, save_file
 
 import dimo_jax
@@ -156,10 +157,34 @@ def test_the_tokenizer_that_a_given_teacher_brought_decodes(masked, tmp_path):
   assert_same_images(255 - inverted, dimo_jax.load(masked[0]).sample(LABELS, 0))
 
 
+def test_loading_puts_no_network_on_the_devices(masked):
+  def num_bytes():
+    return sum(x.nbytes for x in jax.live_arrays())
+
+  before = num_bytes()
+  artifact = dimo_jax.load(masked[0])
+  network = sum(x.nbytes for x in jax.tree.leaves(artifact.parts.weights["network"]))
+  assert num_bytes() - before < network / 10
+  artifact.sample(LABELS, 0)
+  assert num_bytes() - before > network
+
+
 def test_loading_says_nothing(masked, caplog):
   with caplog.at_level("WARNING", logger="absl"):
     dimo_jax.load(masked[0])
-  assert not caplog.records
+    assert not caplog.records
+
+
+def test_loading_leaves_a_programs_own_log_alone(masked, caplog):
+  def log_too(name, *arguments):
+    absl_logging.warning("of the program")
+    return original(name, *arguments)
+
+  original = artifacts.local_path
+  with caplog.at_level("WARNING", logger="absl"), pytest.MonkeyPatch.context() as patched:
+    patched.setattr(artifacts, "local_path", log_too)
+    dimo_jax.load(masked[0])
+  assert caplog.messages == ["of the program"]
 
 
 def test_an_older_workdir_needs_its_config(masked, tmp_path):

@@ -46,6 +46,15 @@ def test_abandoned_reads_end_without_a_traceback(coroutine, heard, monkeypatch):
   assert len(told) == heard
 
 
+def test_what_was_never_finished_is_passed_over(tmp_path):
+  metrics = tmp_path / "5.orbax-checkpoint-tmp" / "metrics" / "metrics"
+  metrics.parent.mkdir(parents=True)
+  metrics.write_text('{"cut')
+  checkpoints = checkpoint.Checkpoints(tmp_path)
+  assert checkpoints.restore({"a": jnp.zeros(2)}, make_mesh(1), ()) is None
+  checkpoints.close()
+
+
 @pytest.mark.parametrize(
   ("asked", "what"), [({"a", "b", "c"}, "lacks c"), ({"a"}, "holds b besides")]
 )

@@ -1,6 +1,7 @@
 """DMD2 from the command line: the same loop, resume, evaluation and refusals as Di[M]O."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -136,8 +137,12 @@ def test_batches_are_real_images_and_the_generators_is_the_first_rounds():
 
 @pytest.fixture(scope="module")
 def second(reference, tmp_path_factory):
-  """(pairs file, workdir) of a second stage: from another run's weights, with a regression."""
+  """(pairs file, workdir) of a second stage: from another run's weights, with a regression.
+
+  Those weights are gone once it has a checkpoint, and it goes on without them.
+  """
   folder = tmp_path_factory.mktemp("second")
+  first = shutil.copytree(reference, folder / "first")
   teacher = f"--config.teacher.path={reference}/teacher"
   pairs, workdir = folder / "pairs.npz", folder / "run"
   with commands.shared_folder(tmp_path_factory) as shared:
@@ -147,11 +152,13 @@ def second(reference, tmp_path_factory):
       teacher,
       f"--config.data.pairs={pairs}",
       "--config.dmd2.regression_weight=0.25",
-      f"--config.train.start_from={reference}",
+      f"--config.train.start_from={first}",
       "--config.train.num_steps=2",
       "--config.evaluation.protocol=none",
       "--config.log.pictures_every_steps=0",
     )
+    commands.run(shared, workdir, *arguments, command=commands.TINY_DMD2)
+    shutil.rmtree(first)
     commands.run(shared, workdir, *arguments, command=commands.TINY_DMD2)
   return pairs, workdir
 

@@ -15,7 +15,6 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax import traverse_util
 from safetensors.numpy import save_file
 
@@ -83,7 +82,7 @@ def test_a_teacher_may_be_parameters_by_flat_name(example, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, network, params)
   assert tokenizer is None
   save_file({"Dense_0/kernel": np.zeros(2)}, config.teacher.path)
-  with pytest.raises(UserError, match="is of no known family"):
+  with pytest.raises(UserError, match=r"does not fit .*missing for \("):
     prepare.load_teacher(build(config), config.teacher.path)
 
 
@@ -93,7 +92,11 @@ def test_a_teacher_may_be_parameters_by_flat_name(example, tmp_path):
     ("dimo", {"data.num_classes": 5}, r"null_class=2, .*: data\.num_classes=5 must be that"),
     ("dimo", {"tokenizer.codebook_size": 7}, "8 codes and 4 tokens; tokenizer.* makes 7 and 4"),
     ("dimo", {"tokenizer.grid_size": 3}, "8 codes and 4 tokens; tokenizer.* makes 8 and 9"),
-    ("dmd2", {}, r"images of shape \(2, 2, 1\); tokenizer\.name='none' .* has none: take 'pixels'"),
+    (
+      "dmd2",
+      {},
+      r"images of shape \(2, 2, 1\); tokenizer\.name='none' .* take tokenizer\.name='pixels'",
+    ),
   ],
 )
 def test_own_teachers_must_fit(example, objective, fields, message):
@@ -104,20 +107,30 @@ def test_own_teachers_must_fit(example, objective, fields, message):
     build(config)
 
 
-@pytest.mark.parametrize(
-  ("bias", "message"),
-  [(0, r"makes \(1, 4, 8\) of one sample, must make \(1, 4, 9\)"), (7, "fails on one sample: ")],
-)
-def test_own_networks_must_make_what_they_say(example, bias, message):
-  class Net(nn.Module):
-    @nn.compact
-    def __call__(self, tokens, class_id):
-      return nn.Embed(9, 8)(tokens) + jnp.zeros(bias or 8)
+def fails(x):
+  raise KeyError("no such part")
 
+
+@pytest.mark.parametrize(
+  ("objective", "output", "message"),
+  [
+    ("dimo", lambda x: x[..., :8], r"makes \(1, 4, 8\) of one sample, must make \(1, 4, 9\)"),
+    ("dimo", lambda x: x + jnp.zeros(7), r"fails on one sample: ValueError: .*test_docs\.py, line"),
+    ("dimo", lambda x: (x, x), "makes tuple of one sample"),
+    ("dimo", fails, r"fails on one sample: KeyError: 'no such part' .*test_docs\.py, line"),
+    ("dmd2", lambda x: x[:, :1], r"makes \(1, 1, 2, 1\) of one sample, must make \(1, 2, 2, 1\)"),
+  ],
+)
+def test_own_networks_must_make_what_they_say(example, objective, output, message):
   module = example("own_teacher")
-  config = module.get_config()
-  teacher = type("Wrong", (module.TokenTeacher,), {"network": Net()})()
-  TEACHERS["tokens"] = lambda config, tokenizer: teacher
+  own = module.TokenTeacher if objective == "dimo" else module.PixelTeacher
+
+  class Wrong(own):
+    def apply(self, *arguments, **options):
+      return output(super().apply(*arguments, **options))
+
+  config = module.get_config(objective)
+  TEACHERS[config.teacher.name] = lambda config, tokenizer: Wrong()
   with pytest.raises(UserError, match=message):
     build(config)
 

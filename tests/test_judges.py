@@ -54,6 +54,42 @@ def test_a_checkpoint_under_its_own_protocol(workdir, checkpoint_row):
   assert student["versions"].keys() == report.versions().keys()
 
 
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+  """A generator of given images; levels where they are integers."""
+
+  images: np.ndarray
+  name = "recorded"
+  image_shape, num_classes, rounding = (8, 8, 1), 10, None
+  settings = {"name": "recorded", "steps": 1}  # noqa: RUF012
+
+  def batch(self, labels, seed, start):
+    return np.resize(self.images[start : start + len(labels)], (len(labels), 8, 8, 1))
+
+
+def test_whole_batches_are_made_and_the_first_images_judged(workdir, tmp_path):
+  judge = judges.own_judge("debug", workdir, 40)  # three batches for 96 images
+  labels = judge.reference.protocol.labels(judge.labels)
+  levels = np.random.default_rng(0).integers(0, 256, (96, 8, 8, 1), np.uint8)
+  floats = (levels / 127.5 - 1).astype(np.float32)
+  expected = judge.reference.evaluate(floats, labels)
+  for images in (floats, levels):
+    row = judge.evaluate(Recorded(images), tmp_path / "results.jsonl", {})
+    assert {name: row[name] for name in expected} == expected
+
+
+def test_a_row_without_its_classes_is_not_enough(workdir, tmp_path):
+  out, judge = tmp_path / "results.jsonl", judges.own_judge("debug", workdir, 96)
+  generator = judges.load_generator(str(workdir))
+  for per_class in (False, False, True, True, False):
+    judge = dataclasses.replace(judge, per_class=per_class)
+    row = judges.evaluate_once(judge, generator, out, {})
+    assert not per_class or len(row["per_class"]) == 10
+  assert ["per_class" in row for row in scoring.read_rows(out)] == [False, True]
+  with pytest.raises(UserError, match=r"has 3 classes, the classifier of .* has 10"):
+    judges.evaluate_once(judge, dataclasses.replace(generator, num_classes=3), out, {})
+
+
 def test_a_teacher_over_steps(workdir, tmp_path):
   out = tmp_path / "results.jsonl"
   options = ("--protocol=debug", f"--out={out}", f"--classifier_from={workdir}", "--steps=1,2")
@@ -107,6 +143,27 @@ def test_a_watch_goes_on_after_a_checkpoint_that_cannot_be_evaluated(workdir, tm
   judges.watch(judge, training, out, every_seconds=0.0)  # to the training's last step
   assert seen == steps and [row["step"] for row in scoring.read_rows(out)] == steps[1:]
   assert f"checkpoint {steps[0]} is skipped: images hold NaN" in capsys.readouterr().out
+
+
+def test_a_watch_tells_a_training_that_begins_anew(workdir, tmp_path):
+  training, out = tmp_path / "training", tmp_path / "results.jsonl"
+  shutil.copytree(workdir, training)
+  steps = commands.checkpoint_steps(training / "distill")
+  record, seen = training / "distill" / "record.json", []
+
+  class Restarted(judges.OwnJudge):
+    def evaluate(self, generator, out, source):
+      seen.append(source["step"])
+      if len(seen) == 1:
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"seed": 1}))
+        raise UserError("images hold NaN")
+      return super().evaluate(generator, out, source)
+
+  own = judges.own_judge("debug", training)
+  judge = Restarted(**{field.name: getattr(own, field.name) for field in dataclasses.fields(own)})
+  judges.watch(judge, training, out, every_seconds=0.0)
+  assert seen == [steps[0], *steps]
+  assert {row["record_sha256"] for row in scoring.read_rows(out)} == {judges._record_hash(training)}
 
 
 @pytest.mark.ci

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from configs import debug
+from dimo_jax import train
 from dimo_jax.build import build
 from dimo_jax.checkpoint import Checkpoints
 from dimo_jax.health import RunStopped
@@ -84,6 +85,21 @@ def test_a_spoilt_state_is_not_saved(tmp_path):
   with pytest.raises(RunStopped, match=r"step 6: parameters or moments hold NaN .*intact"):
     run(tmp_path, skips={6}, spoils=True)
   assert saved(tmp_path) == {3: 3.0}
+
+
+def test_what_is_open_is_closed_though_the_last_save_fails(tmp_path, monkeypatch):
+  closed = []
+
+  def full(self):
+    raise OSError("no space left")
+
+  monkeypatch.setattr(train.Checkpoints, "close", full)
+  for owner in (train.Writer, train.Profile):
+    close = owner.close
+    monkeypatch.setattr(owner, "close", lambda self, close=close: closed.append(1) or close(self))
+  with pytest.raises(OSError, match="no space left"):
+    run(tmp_path)
+  assert len(closed) == 2
 
 
 def test_the_newest_checkpoints_and_those_of_every_so_many_steps_are_kept(tmp_path):

@@ -57,7 +57,31 @@ def test_help_lists_the_config_too(command):
 
 
 def test_what_is_imported_must_be_a_file(refused):
-  refused(["--import=none.py"], ["--import=none.py must be a Python file"])
+  refused(["--import=none.py"], ["--import=none.py does not exist"])
+  refused(["--import", "configs/own.yaml"], ["--import=configs/own.yaml must be a Python file"])
+  refused(["--import"], ["--import: expected one argument"])
+
+
+@pytest.mark.parametrize("name", ["token", "time", "dimo_jax"])
+def test_what_is_imported_is_that_file(refused, tmp_path, name):
+  file = tmp_path / f"{name}.py"
+  file.write_text("raise AssertionError('it was imported')")
+  refused([f"--import={file}"], [f"there is another module '{name}'; rename the file"])
+
+
+def test_what_is_imported_does_not_hide_what_is_ours(command, tmp_path, monkeypatch):
+  monkeypatch.setattr(sys, "path", list(sys.path))
+  for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+    monkeypatch.delitem(sys.modules, name)
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "__init__.py").touch()
+  (tmp_path / "configs" / "base.py").write_text("raise AssertionError('it was imported')")
+  (tmp_path / "helper_of_own_rows.py").write_text("")
+  file = tmp_path / "own_rows_of_a_test.py"
+  file.write_text("import helper_of_own_rows\nfrom configs import base\n")
+  code, out, _ = command("--import", str(file), "--help")
+  assert code == 0 and "--import: Python file" in out
+  assert sys.modules["own_rows_of_a_test"].base.__file__ != str(tmp_path / "configs" / "base.py")
 
 
 @pytest.fixture
@@ -97,6 +121,12 @@ def refused(command, tmp_path):
     ("--config.optim.frozen=('nope',)", ["optim.frozen='nope'", "matches no parameter"]),
     ("--config.optim.frozen=('(',)", ["optim.frozen='('", "regular expression"]),
     ("--config.mesh.rules=(('(',0),)", ["mesh.rules='('", "regular expression"]),
+    ("--config.mesh.rules=(('^token_embedding$',None),)", ["'^token_embedding$' matches nothing"]),
+    (
+      "--config.mesh.rules=(('params/last_dense/kernel',-1),)",
+      ["splits dimension -1 of fake_score/"],
+    ),
+    ("--config.teacher.decoding.schedule=arcos", ["'arccos'?", "uniform"]),
     ("--config.optim.generator.b1=1.0", ["optim.generator.b1=1.0", "[0, 1)"]),
     ("--config.optim.generator.eps=0.0", ["optim.generator.eps=0.0", "positive"]),
     ("--config.optim.generator.num_warmup=-1", ["optim.generator.num_warmup=-1", "negative"]),

@@ -145,7 +145,7 @@ def test_the_teacher_is_judged_first_unless_that_is_skipped(config, tmp_path, mo
     ({"evaluation.protocol": "edm-imagenet64"}, r"for images \(64, 64, 3\); this run's are \(8, 8"),
     ({"evaluation.num_images": 1}, "num_images=1 must be 2 or more"),
     ({"evaluation.batch_size": 12}, "evaluation.batch_size=12"),
-    ({"data.name": "labels", "data.num_classes": 10}, "is for 3 classes; data.num_classes"),
+    ({"data.name": "labels", "data.num_classes": 10}, "data.num_classes=10 must be 3"),
     (
       {"data.name": "labels", "tokenizer.name": "none", "tokenizer.path": ""},
       "needs pictures; tokenizer.name='none' has none",

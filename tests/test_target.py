@@ -150,7 +150,8 @@ def test_a_small_iteration_is_compiled_for_a_tpu(fsdp, capsys):
 )
 def test_the_full_size_is_compiled_for_a_pod(module, fields):
   """One sample on each of 256 chips: what is exchanged is both networks' gradients; with Di[M]O
-  nothing else. ADM's take fewer bytes than in float32, and it has small permutations besides.
+  nothing else. ADM's are partly summed in bfloat16, in which they are computed, and it has small
+  permutations besides.
   """
   pytest.importorskip("libtpu")
   config = module.get_config()

@@ -112,6 +112,12 @@ QUESTIONS = {
       "generator 0.9, fake score 0.9": {"optim.generator.b1": 0.9, "optim.fake_score.b1": 0.9},
     },
   ),
+  "dimo_reuse": Question(
+    "Samples of the generator's update for the fake score",
+    "None is published; the release draws new samples for the fake score.",
+    "dimo",
+    {"new samples": {}, "the update's samples": {"dimo.reuse_samples": True}},
+  ),
   "fake_rounds": Question(
     "Two time scales",
     f"{_DMD2}: five fake-score updates for each of the generator beat one (FID 2.61 against 3.48"
@@ -142,6 +148,12 @@ QUESTIONS = {
     f"{_DMD2}: backward simulation beats noised real images (SDXL, FID 19.32 against 20.66).",
     "four_step",
     {"backward simulation": {}, "noised real images": {"dmd2.student_inputs": "real"}},
+  ),
+  "dmd2_reuse": Question(
+    "Samples of the generator's update for the first fake-score round",
+    "None is published; the release keeps the update's samples for the first of its five rounds.",
+    "one_step",
+    {"the update's samples": {}, "new samples": {"dmd2.reuse_samples": False}},
   ),
   "f_divergence": Question(
     "f-divergences",

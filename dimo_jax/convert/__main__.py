@@ -21,7 +21,7 @@ from typing import Any
 
 from dimo_jax import artifacts
 from dimo_jax.checkpoint import params_hash, save_params
-from dimo_jax.cli import BAD_INPUT
+from dimo_jax.cli import BAD_INPUT, IMPORT_HELP, guarded
 from dimo_jax.convert import families, files
 from dimo_jax.remote import local_path
 from dimo_jax.types import Params, UserError, choose
@@ -103,7 +103,8 @@ def _read_export(source: str, path: Path, family: str) -> tuple[dict[str, Any], 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command; returns its exit code."""
-  parser = argparse.ArgumentParser("python -m dimo_jax.convert", allow_abbrev=False)
+  name = "python -m dimo_jax.convert"
+  parser = argparse.ArgumentParser(name, allow_abbrev=False, epilog=IMPORT_HELP)
   parser.add_argument("--source", required=True, help="file or folder; gs:// and hf:// too")
   parser.add_argument("--family", default="", help=f"guessed; {', '.join(families.FAMILIES)}")
   parser.add_argument("--out", required=True, type=Path, help="folder")
@@ -126,4 +127,4 @@ def _sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  guarded(lambda: sys.exit(main()))

@@ -82,23 +82,23 @@ def _load(split: str, path: str, image_size: int) -> FolderSource:
     ]
     raise UserError(f"data.path={path!r} must have one set of classes: {'; '.join(differences)}")
   files = [_images(os.path.join(train if split == "train" else test, c)) for c in classes]
-  if image_size:
-    h = w = image_size
-  else:
+  paths = [file for names in files for file in names]
+  shape = (image_size, image_size, 3)
+  if not image_size:
     first = _images(os.path.join(train, classes[0]))[0]
     h, w, channels = decode_image(first, first, image_size=0).shape
-    found = [file for names in files for file in names]
-    for file in found[:: -(-len(found) // _NUM_COMPARED)]:  # most mixed folders show at once
+    shape = h, w, channels
+    for file in paths[:: -(-len(paths) // _NUM_COMPARED)]:  # most mixed folders show at once
       try:
         levels = decode_image(file, file, image_size=0)
       except UserError:
         continue  # a damaged one is said when it is read
-      check_shape(levels, (h, w, channels), file)
+      check_shape(levels, shape, file)
   return FolderSource(
-    paths=[file for names in files for file in names],
+    paths=paths,
     labels=np.repeat(np.arange(len(classes), dtype=np.int32), [len(names) for names in files]),
     num_classes=len(classes),
-    image_shape=(h, w, 3),
+    image_shape=shape,
     image_size=image_size,
   )
 

@@ -127,7 +127,7 @@ def load_source(
   Raises:
     UserError: unknown name or split, a field that is missing, not wanted or names bad data.
   """
-  row = choose(SOURCES, name, "data.name")
+  row = choose(SOURCES, name, "data.name", extensible=True)
   if split not in SPLITS:
     raise UserError(f"split={split!r} is unknown; known: {', '.join(SPLITS)}")
   given = {"path": path or None, "image_size": image_size, "tfds_name": tfds_name}

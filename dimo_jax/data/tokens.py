@@ -14,7 +14,7 @@ from dimo_jax.types import UserError
 
 __all__ = ["MANIFEST", "TOKENS", "TokenSource", "describe", "load_tokens", "read_manifest"]
 
-FORMAT = 1
+FORMAT = 2
 TOKENS, MANIFEST = "tokens.npy", "tokens.json"
 _NUM_COMPARED = 64  # images
 
@@ -110,7 +110,7 @@ def _what(name: str) -> str:
   texts = {
     "tokenizer_sha256": "tokenizer than tokenizer.path names",
     "labels_sha256": "data set than data.path names",
-    "images_sha256": "data set than data.path names",
+    "images_sha256": "data set than data.path names, or were decoded otherwise",
     "num_images": "data set than data.path names",
     "compute_dtype": "precision than precision.compute_dtype",
     "num_tokens": "number of tokens than the tokenizer makes",

@@ -134,12 +134,12 @@ class Judge:
       settings=settings,
       between_batches=STOP.raise_if_set if self.interruptible else None,
     )
-    features = self._reference_features()
-    numbers = scoring.score(self.protocol, self.reference, features, sums)
+    numbers = scoring.score(self.protocol, self.reference, self._reference_features, sums)
     return scoring.result_row(
       self.protocol, self.reference, self.inception, numbers, source
     ), state_path
 
+  @functools.cached_property
   def _reference_features(self) -> Float[np.ndarray, "k d"] | None:
     if self.reference.features is not None or not self.reference.has_images:
       return self.reference.features
@@ -148,10 +148,11 @@ class Judge:
     extractor = Extractor(
       self.inception, self.protocol.resize, self.mesh, self.batch_size, ("2048",)
     )
-    rows = [
-      np.asarray(extractor(batch)["2048"])[: len(batch)]
-      for batch in image_batches(images, num, self.batch_size)(0)
-    ]
+    rows = []
+    for batch in image_batches(images, num, self.batch_size)(0):
+      rows.append(np.asarray(extractor(batch)["2048"])[: len(batch)])
+      if self.interruptible:
+        STOP.raise_if_set()
     return np.concatenate(rows)
 
 

@@ -423,7 +423,7 @@ body {
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 1.25rem; }
 h2 { font-size: 1.1rem; margin: 2.25rem 0 .75rem; }
 h3 { font-size: .9rem; margin: 0 0 .25rem; font-weight: 600; }
-p { max-width: 70ch; margin: 0 0 .75rem; }
+p { max-width: 70ch; margin: 0 0 .75rem; overflow-wrap: anywhere; }
 .soft, figcaption { color: var(--soft); font-size: .85rem; }
 .below { margin-top: .75rem; }
 .cards, .plots, .pictures { display: grid; gap: 1rem; }

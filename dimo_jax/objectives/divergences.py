@@ -65,7 +65,7 @@ def divergence_fn(name: str, jeffreys_beta: float) -> Divergence:
   Raises:
     UserError: no such divergence.
   """
-  return choose(DIVERGENCES, name, "dimo.divergence")(jeffreys_beta)
+  return choose(DIVERGENCES, name, "dimo.divergence", extensible=True)(jeffreys_beta)
 
 
 def logit_gradient(

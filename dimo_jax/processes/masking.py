@@ -65,16 +65,17 @@ def decoding_schedule(num_steps: int, num_tokens: int, schedule: str) -> np.ndar
   rest) asks for a zero or negative last entry when many steps meet a small grid, and divides zero
   by zero for one step. Here a step never reveals more than what is left, and one step reveals all.
   """
-  if schedule == "uniform":
-    return np.diff(np.arange(num_steps + 1) * num_tokens // max(num_steps, 1))
   shapes = {
     "root": lambda r: 1 - np.sqrt(r),
     "linear": lambda r: 1 - r,
     "square": lambda r: 1 - r**2,
     "cosine": lambda r: np.cos(r * np.float32(np.pi * 0.5)),
     "arccos": lambda r: np.arccos(r) / np.float32(np.pi * 0.5),
+    "uniform": None,
   }
   shape = choose(shapes, schedule, "teacher.decoding.schedule")
+  if shape is None:
+    return np.diff(np.arange(num_steps + 1) * num_tokens // max(num_steps, 1))
   if num_steps < 1:
     raise UserError(f"decoding steps {num_steps} are too few; use 1 or more")
   if num_steps == 1:

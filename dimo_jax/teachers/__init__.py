@@ -163,7 +163,7 @@ TOKENIZERS: dict[str, Callable[[ml_collections.ConfigDict, ImageShape | None], T
 
 def build_tokenizer(config: ml_collections.ConfigDict, image_shape: ImageShape | None) -> Tokenizer:
   """The tokenizer that `config.tokenizer` names, for images of this shape (None: no images)."""
-  make = choose(TOKENIZERS, config.tokenizer.name, "tokenizer.name")
+  make = choose(TOKENIZERS, config.tokenizer.name, "tokenizer.name", extensible=True)
   if config.tokenizer.path and make is not _vqgan:
     raise UserError(
       f"tokenizer.path={config.tokenizer.path!r} is for tokenizer.name='vqgan', and the config says"
@@ -174,4 +174,5 @@ def build_tokenizer(config: ml_collections.ConfigDict, image_shape: ImageShape |
 
 def build_teacher(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> Teacher:
   """The teacher that `config.teacher.name` names."""
-  return choose(TEACHERS, config.teacher.name, "teacher.name")(config, tokenizer)
+  make = choose(TEACHERS, config.teacher.name, "teacher.name", extensible=True)
+  return make(config, tokenizer)

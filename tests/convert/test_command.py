@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from configs import base
-from dimo_jax import prepare
+from dimo_jax import artifacts, prepare
 from dimo_jax.build import build
 from dimo_jax.convert import __main__ as command
 from dimo_jax.convert import edm, files, maskgit
@@ -26,7 +26,7 @@ MAX_MEMORY = 1.5
 MEASURE = """
 import re, sys
 from dimo_jax.convert import __main__ as command
-import dimo_jax.convert.maskgit, jax, numpy
+import dimo_jax.artifacts, dimo_jax.convert.maskgit, jax, numpy
 def kilobytes(name):
   return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = kilobytes("VmRSS")
@@ -226,10 +226,23 @@ def test_as_a_command():
   assert result.stderr == "error: nowhere does not exist\n"
 
 
+def _export(path, tensors):
+  """A folder of --format=torch that holds the weights."""
+  fields = {"model.num_heads": 8, "tokenizer.codebook_size": 32, "data.num_classes": 10}
+  recipe = artifacts.load(path, family="dimo", fields=fields).parts.recipe
+  folder = path.with_name("export")
+  (folder / "ema_model").mkdir(parents=True)
+  save_file(tensors, folder / artifacts.TORCH_FILES["masked"])
+  manifest = {"format": "torch", "role": "generator", "clock": 0, "recipe": recipe.to_dict()}
+  (folder / files.MANIFEST).write_text(json.dumps(manifest))
+  return folder
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("layout", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("layout", ["zip", "legacy", "safetensors", "export"])
 def test_a_conversion_holds_its_parameters_once(tmp_path, layout):
-  d, num_layers = 512, 7
+  d = 512
+  num_layers = 16 if layout == "export" else 7  # loading an export also traces its network, 40 MB
   rng = np.random.default_rng(0)
   shapes = {name: value.shape for name, value in state_dict("01_masktransformer").items()}
   sizes = {64: d, 192: 3 * d, 128: 4 * d}
@@ -241,10 +254,12 @@ def test_a_conversion_holds_its_parameters_once(tmp_path, layout):
         tensors[name.replace("layers.0", f"layers.{i}")] = rng.standard_normal(shape, np.float32)
   path, num_bytes = tmp_path / "weights", sum(value.nbytes for value in tensors.values())
   assert num_bytes > 80e6
-  if layout == "safetensors":
+  if layout in ("safetensors", "export"):
     save_file(tensors, path)
   else:
     {"zip": published.zip_file, "legacy": published.legacy_file}[layout](path, tensors)
+  if layout == "export":
+    path = _export(path, tensors)
   arguments = [sys.executable, "-c", MEASURE, f"--source={path}", f"--out={tmp_path / 'out'}"]
   result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
   peak = 1024 * int(result.stdout.split()[-1]) / num_bytes

@@ -217,6 +217,33 @@ def test_a_generator_of_nan_is_refused(tmp_path, statistics, bad):
   assert not out.exists()
 
 
+def test_a_killed_generation_goes_on(tmp_path, statistics, monkeypatch):
+  one = judge(statistics)
+  expected = jobs.evaluate_generator(one, Noise(one.mesh), tmp_path / "whole.jsonl", {})
+  out, asked, looks = tmp_path / "results.jsonl", [], []
+
+  class Counted(Noise):
+    def batch(self, labels, seed, start):
+      asked.append(start)
+      return super().batch(labels, seed, start)
+
+  def stop():
+    looks.append(1)
+    if len(looks) == 2:
+      raise Preempted("SIGTERM")
+
+  monkeypatch.setattr(jobs.STOP, "raise_if_set", stop)
+  with pytest.raises(Preempted):
+    jobs.evaluate_generator(one, Counted(one.mesh), out, {})
+  assert not out.exists()
+  asked.clear()
+  row = jobs.evaluate_generator(one, Counted(one.mesh), out, {})
+  # The first of the missing batches is also timed; the pictures are of the very first.
+  assert asked == [32, 32, 32, 64, 0]
+  same = {"pictures": "", "images_per_second": 0.0}
+  assert row | same == expected | same
+
+
 def test_a_generator_that_does_not_match(tmp_path, statistics):
   one, out = judge(statistics), tmp_path / "results.jsonl"
   with pytest.raises(types.UserError, match=r"noise has images \(8, 8, 3\), protocol='tiny'"):
@@ -264,7 +291,7 @@ def test_a_departure_from_the_protocol_is_recorded(tmp_path, statistics, monkeyp
     PROTOCOL.with_images(2)
 
 
-def test_statistics_with_images_give_the_metrics_of_features(tmp_path, statistics):
+def test_statistics_with_images_give_the_metrics_of_features(tmp_path, statistics, monkeypatch):
   """ADM's files: images under arr_0, no features."""
   with np.load(statistics) as file:
     arrays = {key: file[key] for key in ("mu", "sigma", "mu_s", "sigma_s")}
@@ -272,7 +299,13 @@ def test_statistics_with_images_give_the_metrics_of_features(tmp_path, statistic
   np.savez(adm, arr_0=levels(1, 150)[:40], **arrays)
   np.savez(plain, mu=arrays["mu"], sigma=arrays["sigma"])
   images = image_sets.open_images(save_npz(tmp_path / "fake.npz", levels(2)))
-  row = jobs.evaluate_images(judge(adm), images, tmp_path / "results.jsonl")
+  opened, one = [], judge(adm)
+  monkeypatch.setattr(
+    jobs, "open_images", lambda path: opened.append(path) or image_sets.open_images(path)
+  )
+  for _ in range(2):  # the features of real images are computed once
+    row = jobs.evaluate_images(one, images, tmp_path / "results.jsonl")
+  assert opened == [adm]
   assert row["precision"] is not None and row["sfid"] is not None
   assert row["num_reference_images"] is None
   expected = row["fid"]

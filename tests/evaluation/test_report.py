@@ -10,6 +10,7 @@ from PIL import Image
 
 from dimo_jax import types
 from dimo_jax.evaluation import report
+from tests import browser
 
 
 def make_row(model, sampler, steps, distance, rate=100.0, **more):
@@ -80,6 +81,20 @@ def write(tmp_path, arguments):
   page = Page(text)
   assert not page.open
   return text, page
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_sticks_out_in_a_browser(tmp_path, arguments, width):
+  if browser.EXECUTABLE is None:
+    pytest.skip("chromium is not installed")
+  arguments["notes"] = [f"weights sha256 {'0123456789abcdef' * 4}: of the classifier"]
+  write(tmp_path, arguments)
+  with browser.page(tmp_path / "profile") as page:
+    page.open((tmp_path / "new" / "report.html").as_uri(), width)
+    page.wait("document.readyState === 'complete'")
+    assert page.run("innerWidth") == width  # a phone makes its window wider where something does
+    assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("[...document.images].every(i => i.naturalWidth > 0)")
 
 
 def test_report_holds_everything_it_was_given(tmp_path, arguments):
