@@ -169,10 +169,15 @@ def test_loading_puts_no_network_on_the_devices(masked):
   assert num_bytes() - before > network
 
 
+def of_absl(caplog):
+  """What was logged by absl: asyncio reports an earlier test's failed reads when it collects them."""
+  return [record.getMessage() for record in caplog.records if record.name == "absl"]
+
+
 def test_loading_says_nothing(masked, caplog):
   with caplog.at_level("WARNING", logger="absl"):
     dimo_jax.load(masked[0])
-    assert not caplog.records
+  assert not of_absl(caplog)
 
 
 def test_loading_leaves_a_programs_own_log_alone(masked, caplog):
@@ -184,7 +189,7 @@ def test_loading_leaves_a_programs_own_log_alone(masked, caplog):
   with caplog.at_level("WARNING", logger="absl"), pytest.MonkeyPatch.context() as patched:
     patched.setattr(artifacts, "local_path", log_too)
     dimo_jax.load(masked[0])
-  assert caplog.messages == ["of the program"]
+  assert of_absl(caplog) == ["of the program"]
 
 
 def test_an_older_workdir_needs_its_config(masked, tmp_path):
