@@ -25,7 +25,7 @@ from dimo_jax.evaluation.report import versions
 from dimo_jax.preemption import STOP
 from dimo_jax.sharding import check_batch, shard_batch
 from dimo_jax.state import DistillState, Nets, NetworkState
-from dimo_jax.types import Params
+from dimo_jax.types import Metrics, Params
 from dimo_jax.writers import say
 
 _REPEATS = flags.DEFINE_integer("repeats", 10, "benchmark: timed runs of each phase.")
@@ -66,12 +66,42 @@ def matmul_peak(dtype: Any, sizes: list[int], repeats: int) -> float:
   return best
 
 
-def phases(
-  experiment: Experiment, state: DistillState, teacher: NetworkState, batch: Any
-) -> dict[str, Callable[[], Any]]:
+class Setting:
+  """What an iteration of a config is called with, on the devices: random weights and one batch.
+
+  Attributes:
+    params: of the network, which generator, fake score and teacher begin with.
+    state: what the last iteration left; the step donates the one before.
+  """
+
+  def __init__(self, experiment: Experiment):
+    self.experiment = experiment
+    self.params = prepare.random_teacher(experiment)
+    self.state: DistillState = start.place(
+      start.initial_state(experiment, self.params)(),
+      experiment.mesh,
+      experiment.config.mesh.rules,
+      start.on_host(experiment),
+    )
+    self.teacher: NetworkState = start.teacher_state(experiment, self.params, {})
+    self.batch = next(start.distill_batches(experiment, 0, 1))
+    self._key = start.base_key(experiment)
+
+  def compile(self, num_rounds: int) -> jax.stages.Compiled:
+    """The program of an iteration with `num_rounds` updates of the fake score."""
+    step = start.jit_distill_step(self.experiment, self.state, self.teacher, num_rounds)
+    return step.lower(self.state, self.teacher, self.batch, self._key).compile()
+
+  def iterate(self, program: jax.stages.Compiled) -> tuple[DistillState, Metrics]:
+    """One iteration from where the last one ended; what it returns is not waited for."""
+    self.state, metrics = program(self.state, self.teacher, self.batch, self._key)
+    return self.state, metrics
+
+
+def phases(setting: Setting) -> dict[str, Callable[[], Any]]:
   """Parts of the iteration, jitted alone; they overlap, so they do not add up to the whole."""
-  objective = experiment.objective
-  nets = Nets(state.generator, state.fake_score, teacher)
+  objective, state, batch = setting.experiment.objective, setting.state, setting.batch
+  nets = Nets(state.generator, state.fake_score, setting.teacher)
   key, clock = jax.random.key(0), state.clock
   micro = jax.tree.map(lambda x: x[0], batch["generator"])
 
@@ -176,29 +206,15 @@ def run(
   "one_round" has one only and "fake_round" is what each further one adds.
   """
   config = experiment.config
-  params = prepare.random_teacher(experiment)
-  state = start.place(
-    start.initial_state(experiment, params)(),
-    experiment.mesh,
-    experiment.config.mesh.rules,
-    start.on_host(experiment),
-  )
-  teacher = start.teacher_state(experiment, params, {})
-  batch = next(start.distill_batches(experiment, 0, 1))
-  key = start.base_key(experiment)
-
-  def compile_step(num_rounds: int) -> jax.stages.Compiled:
-    step = start.jit_distill_step(experiment, state, teacher, num_rounds)
-    return step.lower(state, teacher, batch, key).compile()
-
+  setting = Setting(experiment)
   rounds = experiment.objective.fake_rounds
   began = time.perf_counter()
-  compiled = compile_step(rounds)
+  compiled = setting.compile(rounds)
   compile_seconds = time.perf_counter() - began
   memory = compiled.memory_analysis()
-  steps = {"iteration": compiled}
+  programs = {"iteration": compiled}
   if rounds > 1:
-    steps = {"one_round": compile_step(1)} | steps
+    programs = {"one_round": setting.compile(1)} | programs
 
   seconds = {}
 
@@ -206,16 +222,10 @@ def run(
     seconds[name] = median_seconds(call, repeats)
     say(f"{name:22s} {1e3 * seconds[name]:10.1f} ms")
 
-  for name, call in phases(experiment, state, teacher, batch).items():
+  for name, call in phases(setting).items():
     measure(name, call)
-  holder = [state]  # the step donates its state, so each call hands over the last one's result
-  for name, step in steps.items():
-
-    def iterate(step=step):
-      holder[0], metrics = step(holder[0], teacher, batch, key)
-      return holder[0], metrics
-
-    measure(name, iterate)
+  for name, program in programs.items():
+    measure(name, functools.partial(setting.iterate, program))
   if rounds > 1:
     seconds["fake_round"] = (seconds["iteration"] - seconds["one_round"]) / (rounds - 1)
     say(f"{'fake_round':22s} {1e3 * seconds['fake_round']:10.1f} ms")
@@ -231,7 +241,7 @@ def run(
     "batch_size": config.train.batch_size,
     "accumulation": config.train.accumulation,
     "compute_dtype": config.precision.compute_dtype,
-    "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
+    "num_parameters": sum(x.size for x in jax.tree.leaves(setting.params)),
     "seconds": seconds,
     "compile_seconds": compile_seconds,
     "iterations_per_second": 1 / seconds["iteration"],
@@ -246,7 +256,7 @@ def run(
     if memory  # not every backend knows
     else None,
     "peak_bytes_in_use": statistics_of_device.get("peak_bytes_in_use"),
-    "sampling": sampling(experiment, params, sampled, repeats),
+    "sampling": sampling(experiment, setting.params, sampled, repeats),
   }
   say(
     f"{result['iterations_per_second']:.3f} iterations/s, {rate / 1e9:.1f} GFLOP/s,"

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from absl import logging
 
-from dimo_jax import cli, judges, prepare, train
+from dimo_jax import cli, generators, judges, prepare, train, watch
 from dimo_jax.build import Experiment
 from dimo_jax.checkpoint import params_hash
 from dimo_jax.data.sources import load_source
@@ -322,8 +322,8 @@ def _fields(settings: list[str]) -> dict[str, Any]:
   return dict(map(parse_field, settings))
 
 
-def _load(arguments: argparse.Namespace, fields: Mapping[str, Any]) -> judges.AnyGenerator:
-  return judges.load_generator(
+def _load(arguments: argparse.Namespace, fields: Mapping[str, Any]) -> generators.AnyGenerator:
+  return generators.load_generator(
     arguments.checkpoint, which=arguments.which, tokenizer=arguments.tokenizer, fields=fields
   )
 
@@ -349,7 +349,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     )
   fixed = _fields([field for field in arguments.field if "=" in field])
 
-  def load(value: float) -> judges.AnyGenerator:
+  def load(value: float) -> generators.AnyGenerator:
     return _load(arguments, {**fixed, swept[0]: value})
 
   load(values[0])  # a mistyped field shows before anything is computed
@@ -357,7 +357,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> None:
-  judges.watch(
+  watch.watch(
     _judge(arguments),
     Path(arguments.checkpoint),
     arguments.out,

@@ -24,8 +24,8 @@ from dimo_jax.evaluation.image_sets import ImageSet, SourceImages
 from dimo_jax.evaluation.inception import Inception
 from dimo_jax.evaluation.published import PublishedProtocol
 from dimo_jax.evaluation.references import read_reference
+from dimo_jax.generators import NetworkGenerator
 from dimo_jax.hooks import sampling_network
-from dimo_jax.judges import NetworkGenerator
 from dimo_jax.remote import local_path
 from dimo_jax.samplers import Sampler
 from dimo_jax.state import DistillState, NetworkState

@@ -12,7 +12,7 @@ import pytest
 from dimo_jax.distributed import on_first
 from dimo_jax.evaluation import generation, image_sets, jobs, references
 from dimo_jax.evaluation.published import PublishedProtocol
-from dimo_jax.judges import NetworkGenerator
+from dimo_jax.generators import NetworkGenerator
 from dimo_jax.state import NetworkState
 from dimo_jax.teachers.tokenizers import PixelTokenizer
 from tests import tiny_inception

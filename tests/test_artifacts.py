@@ -170,7 +170,7 @@ def test_loading_puts_no_network_on_the_devices(masked):
 
 
 def of_absl(caplog):
-  """What was logged by absl: asyncio reports an earlier test's failed reads when it collects them."""
+  """What absl logged; asyncio may report an earlier test's failed reads, once it collects them."""
   return [record.getMessage() for record in caplog.records if record.name == "absl"]
 
 

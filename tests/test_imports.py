@@ -35,8 +35,9 @@ build
 recipe
 prepare
 hooks start artifacts
+generators
 judges
-run_judge
+watch run_judge
 train
 sample evaluate benchmark pairs study card plan serve encode
 export target

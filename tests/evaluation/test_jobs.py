@@ -317,4 +317,6 @@ def test_statistics_with_images_give_the_metrics_of_features(tmp_path, statistic
 def test_kept_features_are_those_of_their_images(statistics):
   whole = dataclasses.replace(PROTOCOL, num_images=150)
   found = references.read_reference(statistics).features
-  np.testing.assert_allclose(found, features(levels(1, 150), "2048")[whole.kept()], rtol=1e-5)
+  wanted = features(levels(1, 150), "2048")[whole.kept()]
+  # Sums of float32 products of either sign, in batches of another size: an error of their scale.
+  np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
