@@ -5,13 +5,16 @@
     python benchmarks/side_by_side.py dmd2 DMD2
 
 Needs requirements-torch.txt. The networks come from the clone; the iteration around them is written
-here after the released training code: the same calls, losses, optimisers and average. Each side is
-a process of its own; they take turns, one iteration each, so that both see the same machine. Sizes
+here after the released training code: the same calls, losses, optimisers and average, clipped where
+our config clips. Each side is a process of its own, both with the allocator's settings of
+`dimo_jax.allocator`; they take turns, one iteration each, so that both see the same machine. Sizes
 are those of configs/benchmark.py, with one fake-score update an iteration; float32, no dropout.
 """
 
 import argparse
+import contextlib
 import copy
+import importlib.util
 import multiprocessing
 import os
 import statistics
@@ -21,6 +24,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from dimo_jax.allocator import keep_freed_memory
 
 _NUM_WARMUP = 2
 _NEEDED = {"dimo": "MaskGit_src/Network/transformer.py", "dmd2": "third_party/edm/training"}
@@ -36,11 +41,10 @@ def settings(method: str) -> Any:
   return config
 
 
-def ours(method: str) -> Callable[[], Any]:
-  """One iteration of `dimo_jax`, as `python -m dimo_jax.benchmark` times it."""
-  from dimo_jax.allocator import keep_freed_memory
-
-  keep_freed_memory()
+def ours(method: str) -> tuple[Callable[[], Any], int]:
+  """One iteration of `dimo_jax`, as `python -m dimo_jax.benchmark` times it, and the parameters of
+  its generator.
+  """
   import jax
 
   from dimo_jax.benchmark import Setting
@@ -48,11 +52,12 @@ def ours(method: str) -> Callable[[], Any]:
 
   setting = Setting(build(settings(method)))
   program = setting.compile(1)
-  return lambda: jax.block_until_ready(setting.iterate(program))
+  num_parameters = sum(x.size for x in jax.tree.leaves(setting.params))
+  return lambda: jax.block_until_ready(setting.iterate(program)), num_parameters
 
 
 def released_dimo(clone: Path) -> tuple[Callable[[], None], dict[str, Any]]:
-  """An iteration of Di[M]O with the released MaskGIT transformer, and the networks it updates."""
+  """An iteration of Di[M]O with the released MaskGIT transformer, and its networks."""
   import torch
   from torch.nn import functional
 
@@ -112,8 +117,10 @@ def released_dimo(clone: Path) -> tuple[Callable[[], None], dict[str, Any]]:
     conditional, unconditional = both.chunk(2)
     return unconditional + dimo.teacher_guidance * (conditional - unconditional)
 
-  def update(network, optimizer, loss):
+  def update(network, optimizer, options, loss):
     loss.backward()
+    if options.clip_norm:
+      torch.nn.utils.clip_grad_norm_(network.parameters(), options.clip_norm)
     for parameter in network.parameters():
       if parameter.grad is not None:
         torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
@@ -129,7 +136,7 @@ def released_dimo(clone: Path) -> tuple[Callable[[], None], dict[str, Any]]:
       gradient = torch.where(mask.view(batch, -1, 1), gradient, 0.0)
     wanted = (logits - gradient).detach()
     loss = 0.5 * functional.mse_loss(logits, wanted, reduction="sum") / batch
-    update(generator, optimizers[0], loss)
+    update(generator, optimizers[0], optim.generator, loss)
 
     with torch.no_grad():
       _, tokens, labels = generate()
@@ -139,16 +146,17 @@ def released_dimo(clone: Path) -> tuple[Callable[[], None], dict[str, Any]]:
     loss = functional.cross_entropy(
       predicted.flatten(0, 1), hard, ignore_index=-1, label_smoothing=dimo.label_smoothing
     )
-    update(fake_score, optimizers[1], loss)
+    update(fake_score, optimizers[1], optim.fake_score, loss)
     with torch.no_grad():
       for mean, parameter in zip(average.parameters(), generator.parameters(), strict=True):
         mean.lerp_(parameter, 1 - config.train.ema_decay)
 
-  return iterate, {"generator": generator, "fake_score": fake_score, "average": average}
+  networks = {"generator": generator, "fake_score": fake_score, "average": average}
+  return iterate, networks | {"teacher": teacher}
 
 
 def released_dmd2(clone: Path) -> tuple[Callable[[], None], dict[str, Any]]:
-  """An iteration of DMD2 with the released EDM networks, and the networks it updates."""
+  """An iteration of DMD2 with the released EDM networks, and its networks."""
   import torch
   from torch import nn
   from torch.nn.functional import softplus
@@ -209,9 +217,9 @@ def released_dmd2(clone: Path) -> tuple[Callable[[], None], dict[str, Any]]:
     images, sigma = noised(images, 0, dmd2.gan_num_levels)
     return critic(fake_score(images, sigma, labels, return_bottleneck=True))
 
-  def update(network, optimizer, loss):
+  def update(network, optimizer, options, loss):
     loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), optim.generator.clip_norm)
+    nn.utils.clip_grad_norm_(network.parameters(), options.clip_norm)
     optimizer.step()
     for each in optimizers:
       each.zero_grad()
@@ -231,7 +239,7 @@ def released_dmd2(clone: Path) -> tuple[Callable[[], None], dict[str, Any]]:
     guidance.requires_grad_(False)
     loss = loss + dmd2.gan_generator_weight * softplus(-realism(images, labels)).mean()
     guidance.requires_grad_(True)
-    update(generator, optimizers[0], loss)
+    update(generator, optimizers[0], optim.generator, loss)
 
     images = images.detach()
     noisy, level = noised(images, 0, num_levels)
@@ -239,21 +247,24 @@ def released_dmd2(clone: Path) -> tuple[Callable[[], None], dict[str, Any]]:
     loss = ((level**-2 + 0.5**-2) * errors).mean()
     on_real, on_fake = realism(real, real_labels), realism(images, labels)
     gan = (softplus(on_fake) + softplus(-on_real)).mean()
-    update(guidance, optimizers[1], loss + dmd2.gan_critic_weight * gan)
+    update(guidance, optimizers[1], optim.fake_score, loss + dmd2.gan_critic_weight * gan)
 
-  return iterate, {"generator": generator, "fake_score": fake_score, "critic": critic}
+  networks = {"generator": generator, "fake_score": fake_score, "critic": critic}
+  return iterate, networks | {"teacher": teacher}
 
 
 def serve(side: str, method: str, clone: Path, num_threads: int, turns: Connection) -> None:
-  """A process of one side: an iteration, and its seconds, whenever it is asked."""
+  """A process of one side: its number of parameters, then an iteration's seconds whenever asked."""
+  keep_freed_memory()
   if side == "ours":
-    iterate = ours(method)
+    iterate, num_parameters = ours(method)
   else:
     import torch
 
     torch.set_num_threads(num_threads)
-    iterate, _ = {"dimo": released_dimo, "dmd2": released_dmd2}[method](clone)
-  turns.send(None)  # ready
+    iterate, networks = {"dimo": released_dimo, "dmd2": released_dmd2}[method](clone)
+    num_parameters = sum(p.numel() for p in networks["generator"].parameters())
+  turns.send(num_parameters)
   while turns.recv():
     began = time.perf_counter()
     iterate()
@@ -261,25 +272,35 @@ def serve(side: str, method: str, clone: Path, num_threads: int, turns: Connecti
 
 
 def take_turns(method: str, clone: Path, repeats: int) -> dict[str, list[float]]:
-  """Seconds of each side's iterations, the i-th of one right before the i-th of the other."""
+  """Seconds of each side's iterations, the i-th of one right before the i-th of the other.
+
+  Raises:
+    EOFError: a side ended; its process has said why.
+    ValueError: generators of different sizes.
+  """
   num_threads = len(os.sched_getaffinity(0))
   context = multiprocessing.get_context("spawn")
-  seconds: dict[str, list[float]] = {"ours": [], "released": []}
-  ends = {}
-  for side in seconds:
-    ends[side], theirs = context.Pipe()
-    arguments = (side, method, clone, num_threads, theirs)
-    context.Process(target=serve, args=arguments, daemon=True).start()
-    theirs.close()  # so that its end ends `recv`
-    ends[side].recv()
-  for i in range(_NUM_WARMUP + repeats):
-    for side, end in ends.items():
-      end.send(True)
-      taken = end.recv()
-      if i >= _NUM_WARMUP:
-        seconds[side].append(taken)
-  for end in ends.values():
-    end.send(False)
+  seconds: dict[str, list[float]] = {"released": [], "ours": []}
+  ends, sizes = {}, {}
+  try:
+    for side in seconds:
+      ends[side], theirs = context.Pipe()
+      arguments = (side, method, clone, num_threads, theirs)
+      context.Process(target=serve, args=arguments, daemon=True).start()
+      theirs.close()  # so that a process that ends is noticed
+      sizes[side] = ends[side].recv()
+    if len(set(sizes.values())) > 1:
+      raise ValueError(f"the sides' generators differ in their numbers of parameters: {sizes}")
+    for i in range(_NUM_WARMUP + repeats):
+      for side, end in ends.items():
+        end.send(True)
+        taken = end.recv()
+        if i >= _NUM_WARMUP:
+          seconds[side].append(taken)
+  finally:
+    for end in ends.values():
+      with contextlib.suppress(BrokenPipeError):
+        end.send(False)
   return seconds
 
 
@@ -289,18 +310,22 @@ def main() -> None:
   parser.add_argument("clone", type=Path, help="a clone of the released code")
   parser.add_argument("--repeats", type=int, default=15, help="iterations of each side")
   given = parser.parse_args()
+  if given.repeats < 2:
+    parser.error(f"--repeats={given.repeats} must be at least 2")
   needed = given.clone / _NEEDED[given.method]
   if not needed.exists():
     parser.error(f"{needed} does not exist; give a clone of the released code of {given.method}")
-  if given.repeats < 2:
-    parser.error(f"--repeats={given.repeats} must be at least 2")
-  seconds = take_turns(given.method, given.clone.resolve(), given.repeats)
-  for side, times in seconds.items():
-    low, middle, high = statistics.quantiles(times, n=4)
-    print(f"{side:9s} {middle:.3f} s, half of them within {low:.3f} to {high:.3f}")
+  if importlib.util.find_spec("torch") is None:
+    parser.error("PyTorch is not installed: pip install -r requirements-torch.txt")
+  try:
+    seconds = take_turns(given.method, given.clone.resolve(), given.repeats)
+  except EOFError:
+    sys.exit("error: one of the two processes ended, for the reason above")
   ratios = [a / b for a, b in zip(seconds["ours"], seconds["released"], strict=True)]
-  low, middle, high = statistics.quantiles(ratios, n=4)
-  print(f"ratio     {middle:.3f}, half of them within {low:.3f} to {high:.3f}")
+  rows = {f"{side}, seconds": times for side, times in seconds.items()}
+  for name, values in (rows | {"ratio of each pair": ratios}).items():
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    print(f"{name:18s}  median {middle:.3f}, half of them within {low:.3f} to {high:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """From a config to objects: the `ConfigDict` stops here, and so does most bad input."""
 
 import dataclasses
+import functools
 import math
+import sysconfig
 import traceback
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,14 +26,14 @@ from dimo_jax.samplers import Sampler
 from dimo_jax.samplers.edm import Heun
 from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.sharding import check_batch, check_rules, make_mesh
-from dimo_jax.state import split
+from dimo_jax.state import DistillState, PretrainState
 from dimo_jax.teachers import COMPUTE_DTYPES, Teacher, build_teacher, build_tokenizer, pick
 from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.teachers.network import MaskedNetwork
 from dimo_jax.teachers.tokenizers import Tokenizer
 from dimo_jax.trackers import check_trackers
-from dimo_jax.types import UserError, choose
+from dimo_jax.types import Params, UserError, choose
 
 STORAGE_DTYPES = ("float32", "bfloat16")
 NUM_SEEDS = 2**32  # what every generator of random numbers takes
@@ -179,21 +183,12 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Experi
       f"objective={config.objective!r} needs real images with these settings, and"
       f" data.name={config.data.name!r} has none"
     )
-  key = jax.random.key(0)
-  shapes = jax.eval_shape(teacher.init, key)
-  fake_score = jax.eval_shape(
-    lambda p: objective.fake_score_params(key, teacher.frozen_state(p, {})), shapes
-  )
-  names, frozen = ("params", "frozen"), tuple(config.optim.frozen)
-  parts = {
-    part: dict(zip(names, split(params, frozen), strict=True))
-    for part, params in (("generator", shapes), ("fake_score", fake_score))
-  }
-  check_rules({**parts, "ema": parts["generator"]["params"]}, mesh, config.mesh.rules)
   optimizers = {}
   for name in ("generator", "fake_score"):
     optimizers[name] = OptimizerSpec(**config.optim[name])
     optimizers[name].check(config.train.num_steps * objective.fake_rounds, f"optim.{name}")
+  states = functools.partial(_states, config, teacher, objective, optimizers, pretrain_optimizer)
+  check_rules(jax.eval_shape(states, tokenizer.shapes()), mesh, config.mesh.rules)
 
   protocol = published = None
   if config.evaluation.protocol in PUBLISHED:
@@ -225,6 +220,38 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh | None = None) -> Experi
     published=published,
     pairs=pairs,
   )
+
+
+def _states(
+  config: ml_collections.ConfigDict,
+  teacher: Teacher,
+  objective: Objective,
+  optimizers: Mapping[str, OptimizerSpec],
+  pretrain_optimizer: OptimizerSpec,
+  tokenizer_params: Params,
+) -> tuple[Any, ...]:
+  """Whatever of a run lies on the mesh, under the names that it has there; for its shapes."""
+  key, frozen = jax.random.key(0), tuple(config.optim.frozen)
+  params = teacher.init(key)
+  frozen_teacher = teacher.frozen_state(params, tokenizer_params)
+  trained = {"generator": params, "fake_score": objective.fake_score_params(key, frozen_teacher)}
+  num_updates = config.train.num_steps * objective.fake_rounds
+  nets = {
+    name: teacher.trained_state(weights, optimizers[name].build(num_updates), frozen)
+    for name, weights in trained.items()
+  }
+  distillation = DistillState(
+    generator=nets["generator"],
+    fake_score=nets["fake_score"],
+    ema=nets["generator"].params,
+    clock=jnp.zeros((), jnp.int32),
+    extra=objective.init_extra(),
+  )
+  if config.teacher.path:
+    return distillation, frozen_teacher
+  num_steps = config.teacher.pretrain.num_steps
+  network = teacher.trained_state(params, pretrain_optimizer.build(num_steps))
+  return distillation, frozen_teacher, PretrainState(network, network.params)
 
 
 def _check_teacher(
@@ -268,7 +295,8 @@ def _check_teacher(
     raise
   except Exception as error:  # the user's own code
     frames = traceback.extract_tb(error.__traceback__)
-    frame = [frame for frame in frames if "site-packages" not in frame.filename][-1]
+    theirs = [frame for frame in frames if not _is_library(frame.filename)]
+    frame = (theirs or frames)[-1]
     line = (str(error).splitlines() or [""])[0]
     raise UserError(
       f"{name}: its network fails on one sample: {type(error).__name__}: {line}"
@@ -277,6 +305,13 @@ def _check_teacher(
   found_shape = getattr(output, "shape", type(output).__name__)
   if found_shape != shape:
     raise UserError(f"{name}: its network makes {found_shape} of one sample, must make {shape}")
+
+
+def _is_library(file: str) -> bool:
+  """Whether a file is of this package, of Python or of what is installed into it."""
+  paths = sysconfig.get_paths()
+  folders = [Path(paths[name]) for name in ("stdlib", "purelib", "platlib")]
+  return any(Path(file).is_relative_to(folder) for folder in [*folders, Path(__file__).parent])
 
 
 def build_models(

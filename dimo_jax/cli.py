@@ -45,7 +45,10 @@ def run(
 
 
 def guarded(command: Callable[[], None]) -> None:
-  """Runs a command; every way to fail has its line and its exit code."""
+  """Runs a command; every way to fail has its line and its exit code.
+
+  It looks at `STOP` and saves what it needs to go on, or calls `STOP.at_once`.
+  """
   STOP.install()  # before the long imports: an early Ctrl-C would break into them
   keep_freed_memory()
   from dimo_jax.health import RunStopped, disk_is_full

@@ -40,6 +40,7 @@ from dimo_jax.build import Models, build
 from dimo_jax.card import card
 from dimo_jax.checkpoint import check_which, params_hash, save_params, save_tree
 from dimo_jax.convert.files import FORMATS, MANIFEST
+from dimo_jax.preemption import STOP
 from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.types import Params, UserError, choose
 from dimo_jax.writers import say
@@ -346,6 +347,7 @@ def _check_repo(repo: str) -> None:
 
 
 def _dispatch() -> None:
+  STOP.at_once()
   workdir_text, formats, out_text = _WORKDIR.value, _FORMAT.value, _OUT.value
   check_which(_CHECKPOINT.value)
   if not workdir_text:

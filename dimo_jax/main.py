@@ -125,6 +125,7 @@ def _join() -> None:
 
 
 def _plan() -> None:
+  STOP.at_once()
   if cli.CONFIG.value is None:
     raise UserError("--config is missing; name a config, such as --config=configs/digits.py")
   import jax

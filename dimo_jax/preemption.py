@@ -29,6 +29,16 @@ class StopRequest:
     for number in (signal.SIGTERM, signal.SIGINT):
       signal.signal(number, self._on_signal)
 
+  def at_once(self) -> None:
+    """From here on a signal ends the process: for work that keeps nothing to go on from.
+
+    Ends it now if one has come already.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, _end)
+    if self.signal is not None:
+      signal.raise_signal(self.signal)
+
   def share(self) -> None:
     """To be called once `jax.distributed` is initialized: from here on all stop together.
 
@@ -70,6 +80,12 @@ class StopRequest:
     if self.is_set():
       assert self.signal is not None
       raise Preempted(f"{signal.Signals(self.signal).name}: the same command goes on from here")
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+  del frame
+  os.write(1, f"{signal.Signals(number).name}: stopped; nothing was kept\n".encode())
+  os._exit(128 + number)
 
 
 STOP = StopRequest()

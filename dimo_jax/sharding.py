@@ -126,7 +126,12 @@ def _parameter_spec(path: str, shape: tuple[int, ...], fsdp: int, rules: Rules) 
   axis = None
   for pattern, dimension in rules:
     if re.search(pattern, path):
-      if dimension is not None and (not 0 <= dimension < len(shape) or shape[dimension] % fsdp):
+      if dimension is not None and not 0 <= dimension < len(shape):
+        raise UserError(
+          f"mesh.rules {pattern!r} splits dimension {dimension} of {path}, which has"
+          f" {len(shape)} dimensions, counted from 0"
+        )
+      if dimension is not None and shape[dimension] % fsdp:
         raise UserError(
           f"mesh.rules {pattern!r} splits dimension {dimension} of {path}, of shape {shape},"
           f" which mesh.fsdp={fsdp} does not divide"
@@ -161,16 +166,19 @@ def state_sharding(
   return jax.tree_util.tree_map_with_path(leaf, state)
 
 
-def check_rules(state: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> None:
-  """Raises UserError where a rule of the config matches nothing in a state, or cannot split it."""
-  state_sharding(state, mesh, rules)
-  paths = jax.tree_util.tree_leaves_with_path(state)
-  names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+def check_rules(states: Sequence[Any], mesh: Mesh | AbstractMesh, rules: Rules) -> None:
+  """Raises UserError where a rule of the config cannot split what it matches, or matches nothing in
+  any of the states (arrays or shapes) that a run puts on the mesh.
+  """
+  names = []
+  for state in states:
+    state_sharding(state, mesh, rules)
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    names += [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
   for pattern, _ in rules:
     if not any(re.search(pattern, name) for name in names):
-      raise UserError(
-        f"mesh.rules {pattern!r} matches nothing; the state has paths such as {names[0]}"
-      )
+      example = next(name for name in names if "/params/" in name)
+      raise UserError(f"mesh.rules {pattern!r} matches nothing; there are paths such as {example}")
 
 
 def to_memory(state: Any, mesh: Mesh, rules: Rules = (), host: Sequence[str] = ()) -> Any:

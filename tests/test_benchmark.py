@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import signal
 import sys
 
 import jax
@@ -13,7 +12,6 @@ from absl import flags
 from absl.testing import flagsaver
 
 from dimo_jax import benchmark, cli
-from dimo_jax.preemption import Preempted
 from tests import commands
 from tests.helpers import dimo, transformer
 
@@ -22,18 +20,6 @@ def test_median_leaves_the_warm_up_out(monkeypatch):
   clock = iter(float(second) for second in (0, 100, 200, 203, 203, 204, 204, 206))
   monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
   assert benchmark.median_seconds(lambda: 1, repeats=3) == 2.0
-
-
-def test_a_signal_ends_it(monkeypatch):
-  calls = []
-
-  def call():
-    calls.append(1)
-    monkeypatch.setattr(benchmark.STOP, "signal", signal.SIGTERM)
-
-  with pytest.raises(Preempted, match="SIGTERM"):
-    benchmark.median_seconds(call, repeats=3)
-  assert len(calls) == 1
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import pathlib
+import re
 import tokenize
 
 import jax
@@ -15,6 +16,7 @@ from flax import traverse_util
 from configs import (
   base,
   benchmark,
+  debug,
   digits_dmd2,
   imagenet64,
   imagenet64_teacher,
@@ -34,6 +36,8 @@ from dimo_jax.processes.gaussian import Edm, VariancePreserving
 from dimo_jax.samplers.edm import FewStep, Heun
 from dimo_jax.samplers.maskgit import MaskGit
 from dimo_jax.samplers.one_step import OneStep
+from dimo_jax.start import initial_state
+from dimo_jax.state import PretrainState
 from dimo_jax.teachers.tokenizers import NoTokenizer, PatchTokenizer
 from dimo_jax.types import UserError
 
@@ -279,3 +283,31 @@ def test_equal_configs_build_equal_objectives():
   assert one.objective == other.objective and hash(one.objective) == hash(other.objective)
   assert one.decoding == other.decoding and one.student_sampler == other.student_sampler
   np.testing.assert_array_equal(one.decoding.counts(), other.decoding.counts())
+
+
+@pytest.mark.parametrize("variant", ["dimo", "dmd2"])
+def test_rules_may_name_whatever_a_run_puts_on_the_mesh(variant):
+  config = debug.get_config(variant)
+  experiment = build(config)
+
+  def on_the_mesh(tokenizer_params):
+    teacher, params = experiment.teacher, experiment.teacher.init(jax.random.key(0))
+    network = teacher.trained_state(params, experiment.pretrain_optimizer.build(20))
+    return [
+      initial_state(experiment, params)(),
+      teacher.frozen_state(params, tokenizer_params),
+      PretrainState(network, params),
+    ]
+
+  states = jax.eval_shape(on_the_mesh, experiment.tokenizer.shapes())
+  names = {
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for state in states
+    for path, _ in jax.tree_util.tree_leaves_with_path(state)
+  }
+  assert len({name.partition("/")[0] for name in names}) > 5
+  config.mesh.rules = tuple((f"^{re.escape(name)}$", None) for name in sorted(names))
+  build(config)
+  config.teacher.path = "random"
+  with pytest.raises(UserError, match=r"matches nothing; .* such as generator/params/"):
+    build(config)

@@ -124,7 +124,7 @@ def refused(command, tmp_path):
     ("--config.mesh.rules=(('^token_embedding$',None),)", ["'^token_embedding$' matches nothing"]),
     (
       "--config.mesh.rules=(('params/last_dense/kernel',-1),)",
-      ["splits dimension -1 of fake_score/"],
+      ["splits dimension -1 of generator/", "has 2 dimensions, counted from 0"],
     ),
     ("--config.teacher.decoding.schedule=arcos", ["'arccos'?", "uniform"]),
     ("--config.optim.generator.b1=1.0", ["optim.generator.b1=1.0", "[0, 1)"]),

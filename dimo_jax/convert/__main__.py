@@ -23,6 +23,7 @@ from dimo_jax import artifacts
 from dimo_jax.checkpoint import params_hash, save_params
 from dimo_jax.cli import BAD_INPUT, IMPORT_HELP, guarded
 from dimo_jax.convert import families, files
+from dimo_jax.preemption import STOP
 from dimo_jax.remote import local_path
 from dimo_jax.types import Params, UserError, choose
 
@@ -121,10 +122,15 @@ def main(argv: Sequence[str] | None = None) -> int:
   return 0
 
 
+def _run() -> None:
+  STOP.at_once()
+  sys.exit(main())
+
+
 def _sha256(path: Path) -> str:
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":
-  guarded(lambda: sys.exit(main()))
+  guarded(_run)

@@ -67,6 +67,10 @@ class Judge:
   mesh: jax.sharding.Mesh
   batch_size: int
   interruptible: bool = True
+  # The reference's features, once computed: the same for every judge fitted to a generator.
+  _kept: dict[tuple[str, int], Float[np.ndarray, "k d"]] = dataclasses.field(
+    default_factory=dict, repr=False, compare=False
+  )
 
   def __post_init__(self):
     check_batch(self.batch_size, self.mesh, "batch_size")
@@ -134,15 +138,17 @@ class Judge:
       settings=settings,
       between_batches=STOP.raise_if_set if self.interruptible else None,
     )
-    numbers = scoring.score(self.protocol, self.reference, self._reference_features, sums)
+    numbers = scoring.score(self.protocol, self.reference, self._reference_features(), sums)
     return scoring.result_row(
       self.protocol, self.reference, self.inception, numbers, source
     ), state_path
 
-  @functools.cached_property
   def _reference_features(self) -> Float[np.ndarray, "k d"] | None:
     if self.reference.features is not None or not self.reference.has_images:
       return self.reference.features
+    key = self.reference.sha256, self.protocol.num_kept
+    if key in self._kept:
+      return self._kept[key]
     images = open_images(self.reference.path)
     num = min(len(images), self.protocol.num_kept)
     extractor = Extractor(
@@ -153,7 +159,8 @@ class Judge:
       rows.append(np.asarray(extractor(batch)["2048"])[: len(batch)])
       if self.interruptible:
         STOP.raise_if_set()
-    return np.concatenate(rows)
+    self._kept[key] = np.concatenate(rows)
+    return self._kept[key]
 
 
 def _state_path(out: Path, settings: Mapping[str, Any]) -> Path:

@@ -117,7 +117,7 @@ class Dmd2:
         raise UserError(f"dmd2.{name}={getattr(self, name)!r} must {wanted}")
 
     _ = self.student  # checks the student's steps
-    choose(adversarial.F_DIVERGENCES, self.divergence, "dmd2.divergence")
+    choose(adversarial.F_DIVERGENCES, self.divergence, "dmd2.divergence", extensible=True)
     if self.num_classes < 1:
       raise UserError(f"data.num_classes={self.num_classes} must be 1 or more")
     require(

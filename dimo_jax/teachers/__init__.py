@@ -79,14 +79,14 @@ def _edm(config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> GaussianTea
       f"teacher.name='edm' needs square images; data.name={config.data.name!r} has"
       f" {height}x{width}: set data.image_size, to which images are scaled and cropped"
     )
-  process_type = choose(PROCESSES, config.process.name, "process.name")
+  process_type = choose(PROCESSES, config.process.name, "process.name", extensible=True)
   process = process_type(**pick(process_type, config.process))
   if isinstance(process, VariancePreserving) and process.prediction != "epsilon":
     raise UserError(
       f"process.prediction={process.prediction!r} must be 'epsilon' with teacher.name='edm': its"
       " variance-preserving networks predict the noise"
     )
-  denoiser = choose(DENOISERS, config.denoiser.name, "denoiser.name")
+  denoiser = choose(DENOISERS, config.denoiser.name, "denoiser.name", extensible=True)
   fields = pick(denoiser, config.denoiser)
   if "remat" not in fields and config.denoiser.remat != "none":
     raise UserError(

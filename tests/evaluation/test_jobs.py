@@ -303,8 +303,10 @@ def test_statistics_with_images_give_the_metrics_of_features(tmp_path, statistic
   monkeypatch.setattr(
     jobs, "open_images", lambda path: opened.append(path) or image_sets.open_images(path)
   )
-  for _ in range(2):  # the features of real images are computed once
-    row = jobs.evaluate_images(one, images, tmp_path / "results.jsonl")
+  fitted = one.fitted_to(Noise(one.mesh, rounding="nearest"))  # another judge, of other rounding
+  assert fitted is not one
+  for each in (one, one, fitted):  # the features of real images are computed once
+    row = jobs.evaluate_images(each, images, tmp_path / "results.jsonl")
   assert opened == [adm]
   assert row["precision"] is not None and row["sfid"] is not None
   assert row["num_reference_images"] is None

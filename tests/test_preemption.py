@@ -1,0 +1,53 @@
+"""Work that keeps nothing ends at a signal at once; the rest is in test_resume.py and others."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dimo_jax import benchmark, export, main
+from dimo_jax.convert import __main__ as convert
+from dimo_jax.preemption import STOP
+
+
+@pytest.mark.parametrize(
+  ("lines", "code", "says"),
+  [
+    ("STOP.at_once(); raise_signal(SIGTERM)", 143, ["SIGTERM: stopped; nothing was kept"]),
+    ("STOP.at_once(); raise_signal(SIGINT)", 130, ["SIGINT: stopped; nothing was kept"]),
+    (
+      "raise_signal(SIGTERM); STOP.at_once()",
+      143,
+      [
+        "SIGTERM: stopping after this step; Ctrl-C stops at once",
+        "SIGTERM: stopped; nothing was kept",
+      ],
+    ),
+  ],
+)
+def test_a_signal_ends_the_process(lines, code, says):
+  program = f"""
+from signal import SIGINT, SIGTERM, raise_signal
+from dimo_jax.preemption import STOP
+STOP.install()
+{lines}
+print("it went on")
+"""
+  command = [sys.executable, "-c", program]
+  result = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert (result.returncode, result.stdout.splitlines(), result.stderr) == (code, says, "")
+
+
+@pytest.mark.parametrize(
+  "command", [benchmark.dispatch, export._dispatch, main._plan, convert._run], ids=str
+)
+def test_commands_that_keep_nothing(command, monkeypatch):
+  class Asked(Exception):
+    pass
+
+  def at_once():
+    raise Asked
+
+  monkeypatch.setattr(STOP, "at_once", at_once)
+  with pytest.raises(Asked):
+    command()
