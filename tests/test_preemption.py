@@ -39,7 +39,9 @@ print("it went on")
 
 
 @pytest.mark.parametrize(
-  "command", [benchmark.dispatch, export._dispatch, main._plan, convert._run], ids=str
+  "command",
+  [benchmark.dispatch, export._dispatch, main._plan, convert._run],
+  ids=["benchmark", "export", "plan", "convert"],
 )
 def test_commands_that_keep_nothing(command, monkeypatch):
   class Asked(Exception):
