@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,7 +48,8 @@ def evaluate_workdir(experiment: Experiment, workdir: Path, *, checkpoint: str =
     say(f"evaluation: off (evaluation.protocol={name!r}{lacks})")
     pictures = workdir / "distill" / "pictures"
     if pictures.is_dir():
-      say(f"pictures: {pictures}; more: --workdir={workdir} --mode=sample")
+      more = f"python -m dimo_jax.main --workdir={workdir} --mode=sample"
+      say(f"pictures: {pictures}; more: {more}")
     return
   judge = RunJudge.of(experiment, workdir)
   teacher, state = train.restore(experiment, workdir, checkpoint=checkpoint)
@@ -276,7 +278,8 @@ def _judge(arguments: argparse.Namespace) -> judges.AnyJudge:
   if not (workdir / "classifier").is_dir():
     raise UserError(
       f"protocol={arguments.protocol!r} needs a run's classifier, and {str(workdir)!r} has none:"
-      " name the run's workdir with --classifier_from"
+      " name the run's workdir with --classifier_from (one that has just begun has it once it is"
+      " trained)"
     )
   return judges.own_judge(
     arguments.protocol, workdir, arguments.batch_size, per_class=arguments.per_class
@@ -380,12 +383,25 @@ def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     raise UserError(f"{name}={text!r} must be numbers such as 4,8,16") from error
 
 
+def _check_out(out: Path) -> None:
+  """Raises UserError where a file cannot be written."""
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out.parent):
+      pass
+  except OSError as error:
+    raise UserError(f"--out={out} cannot be written: {error.strerror}") from error
+  if out.is_dir():
+    raise UserError(f"--out={out} is a folder; it must be a file")
+
+
 def main() -> None:
   """Runs the command line."""
 
   def command() -> None:
     arguments = _parser().parse_args(sys.argv[1:])
     logging.set_verbosity(logging.FATAL)  # orbax logs errors before it raises them
+    _check_out(arguments.out)
     arguments.run(arguments)
 
   cli.guarded(command)

@@ -8,6 +8,7 @@ key names and layouts. `stablehlo` is a program with its weights, which needs JA
 that exists is left alone without --overwrite, and DIR appears whole or not at all.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -110,7 +111,10 @@ def export(
   }
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as made:
+    with contextlib.ExitStack() as stack:
+      temporary = tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-")
+      made = stack.enter_context(temporary)
+      stack.enter_context(STOP.unfinished(Path(made)))
       folder = Path(made, "export")
       for name in dict.fromkeys(formats):
         (folder / name).mkdir(parents=True)

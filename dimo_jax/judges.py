@@ -139,7 +139,7 @@ def own_judge(
   if config.evaluation.protocol != name:
     raise UserError(
       f"protocol={name!r}: {workdir} was trained with evaluation.protocol="
-      f"{config.evaluation.protocol!r}"
+      f"{config.evaluation.protocol!r}, which is what it can be judged by"
     )
   protocol = PROTOCOLS[name]
   source = load_source(

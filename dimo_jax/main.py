@@ -82,6 +82,7 @@ def _dispatch() -> None:
   checkpoint = _CHECKPOINT.value
   check_which(checkpoint)
   if _MODE.value == "sample":
+    STOP.at_once()
     experiment = None if given is None else build.build(given)
     text = _LABELS.value, _OUT.value
     sample.sample_workdir(workdir, experiment, *text, _SEED.value, checkpoint=checkpoint)

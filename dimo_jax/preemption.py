@@ -5,8 +5,12 @@ preemption service carries it to the others, and `StopRequest.is_set` turns true
 the same call.
 """
 
+import contextlib
 import os
+import shutil
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 RESUME_EXIT_CODE = 75  # EX_TEMPFAIL: run the same command again
@@ -23,6 +27,7 @@ class StopRequest:
     self.signal: int | None = None
     self._shared = False  # with other processes
     self._num_calls = 0  # of is_set since then
+    self._unfinished: set[Path] = set()  # folders that `at_once` takes away
 
   def install(self) -> None:
     """Takes over both signals."""
@@ -35,9 +40,18 @@ class StopRequest:
     Ends it now if one has come already.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, _end)
+      signal.signal(number, self._end)
     if self.signal is not None:
       signal.raise_signal(self.signal)
+
+  @contextlib.contextmanager
+  def unfinished(self, folder: Path) -> Iterator[None]:
+    """While it lasts, `at_once` takes the folder away before the process ends."""
+    self._unfinished.add(folder)
+    try:
+      yield
+    finally:
+      self._unfinished.discard(folder)
 
   def share(self) -> None:
     """To be called once `jax.distributed` is initialized: from here on all stop together.
@@ -65,6 +79,13 @@ class StopRequest:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers repeat it while the state is saved
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
 
+  def _end(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    os.write(1, f"{signal.Signals(number).name}: stopped; nothing was kept\n".encode())
+    for folder in self._unfinished:
+      shutil.rmtree(folder, ignore_errors=True)
+    os._exit(128 + number)  # an exception could be lost in a callback of jax
+
   def is_set(self) -> bool:
     """Whether to stop here; processes that run together call it equally often, and agree."""
     if self._shared and self.signal is None:
@@ -80,12 +101,6 @@ class StopRequest:
     if self.is_set():
       assert self.signal is not None
       raise Preempted(f"{signal.Signals(self.signal).name}: the same command goes on from here")
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-  del frame
-  os.write(1, f"{signal.Signals(number).name}: stopped; nothing was kept\n".encode())
-  os._exit(128 + number)
 
 
 STOP = StopRequest()

@@ -1,6 +1,8 @@
 """Evaluations, sweeps and the command line, on a tiny trained workdir."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -170,3 +172,12 @@ def test_bad_commands_are_one_line(workdir, arguments, message, tmp_path, monkey
     run(*words)
   assert message in str(error.value) and "\n" not in str(error.value)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", ["file/page.html", "."])
+def test_what_cannot_be_written_is_said_first(out, tmp_path):
+  (tmp_path / "file").touch()
+  command = [sys.executable, "-m", "dimo_jax.evaluate", "compare", "nowhere", f"--out={out}"]
+  result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+  assert result.returncode == 2
+  assert result.stderr.startswith(f"error: --out={out} ") and result.stderr.count("\n") == 1

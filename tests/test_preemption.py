@@ -38,6 +38,23 @@ print("it went on")
   assert (result.returncode, result.stdout.splitlines(), result.stderr) == (code, says, "")
 
 
+def test_what_is_unfinished_is_taken_away(tmp_path):
+  for name in ("unfinished", "finished"):
+    (tmp_path / name / "inner").mkdir(parents=True)
+  program = f"""
+from pathlib import Path
+from signal import SIGTERM, raise_signal
+from dimo_jax.preemption import STOP
+STOP.at_once()
+with STOP.unfinished(Path({str(tmp_path / "finished")!r})):
+  pass
+with STOP.unfinished(Path({str(tmp_path / "unfinished")!r})):
+  raise_signal(SIGTERM)
+"""
+  assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 143
+  assert [path.name for path in tmp_path.iterdir()] == ["finished"]
+
+
 @pytest.mark.parametrize(
   "command",
   [benchmark.dispatch, export._dispatch, main._plan, convert._run],

@@ -52,12 +52,15 @@ class Results:
 
 
 def load_results(path: str | os.PathLike) -> Results:
-  """The results of a workdir (`results.json` and its last pictures) or of a file of JSON lines.
+  """The results of a workdir (or its `results.json`, with its last pictures) or of a file of JSON
+  lines.
 
   Raises:
     UserError: there are none, or they cannot be read.
   """
   path = Path(path)
+  if path.name == "results.json":
+    path = path.absolute().parent
   if not path.is_dir():
     rows = read_rows(path)
     shown = [row for row in rows if row.get("pictures")]

@@ -93,6 +93,15 @@ def test_the_page_needs_no_network(page):
   assert not re.findall(r"(?:src|href)=\"(?!data:|#)", text)
 
 
+def test_a_workdirs_results_file_stands_for_the_workdir(tmp_path):
+  (tmp_path / "run").mkdir()
+  file = tmp_path / "run" / "results.json"
+  file.write_text('[{"protocol": "digits"}]')
+  for path in (tmp_path / "run", file):
+    found = compare.load_results(path)
+    assert (found.name, found.rows) == ("run", [{"protocol": "digits"}])
+
+
 def test_bad_results_are_one_line(tmp_path, results):
   with pytest.raises(types.UserError, match="edm, edm: their names must differ"):
     compare.write_comparison(tmp_path / "a.html", [results[0]] * 2)
