@@ -8,7 +8,6 @@ key names and layouts. `stablehlo` is a program with its weights, which needs JA
 that exists is left alone without --overwrite, and DIR appears whole or not at all.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -111,23 +110,21 @@ def export(
   }
   try:
     out.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-      temporary = tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-")
-      made = stack.enter_context(temporary)
-      stack.enter_context(STOP.unfinished(Path(made)))
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as made:
       folder = Path(made, "export")
-      for name in dict.fromkeys(formats):
-        (folder / name).mkdir(parents=True)
-        _WRITERS[name](run, models, folder / name)
-        _write_json(folder / name / MANIFEST, {"format": name, **manifest})
-      text = card(
-        run,
-        tuple(dict.fromkeys(formats)),
-        license_name=license_name,
-        results=_results(run),
-        notes=_notes(run, models, formats),
-      )
-      (folder / _CARD_FILE).write_text(text, encoding="utf-8")
+      with STOP.unfinished(folder.parent):  # not once what it replaces lies there too
+        for name in dict.fromkeys(formats):
+          (folder / name).mkdir(parents=True)
+          _WRITERS[name](run, models, folder / name)
+          _write_json(folder / name / MANIFEST, {"format": name, **manifest})
+        text = card(
+          run,
+          tuple(dict.fromkeys(formats)),
+          license_name=license_name,
+          results=_results(run),
+          notes=_notes(run, models, formats),
+        )
+        (folder / _CARD_FILE).write_text(text, encoding="utf-8")
       _put(folder, out, Path(made, "replaced"))
   except OSError as error:
     raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error

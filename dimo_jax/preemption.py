@@ -81,7 +81,7 @@ class StopRequest:
 
   def _end(self, number: int, frame: FrameType | None) -> None:
     del frame
-    os.write(1, f"{signal.Signals(number).name}: stopped; nothing was kept\n".encode())
+    os.write(1, f"{signal.Signals(number).name}: stopped; nothing unfinished was kept\n".encode())
     for folder in self._unfinished:
       shutil.rmtree(folder, ignore_errors=True)
     os._exit(128 + number)  # an exception could be lost in a callback of jax

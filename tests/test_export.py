@@ -30,6 +30,7 @@ from dimo_jax.checkpoint import params_hash
 from dimo_jax.convert import __main__ as convert
 from dimo_jax.convert import families, files
 from dimo_jax.hooks import sampling_network
+from dimo_jax.preemption import STOP
 from dimo_jax.recipe import of_sizes
 from dimo_jax.types import UserError
 from tests import commands, runs
@@ -461,6 +462,21 @@ def test_tokens_alone_are_no_program(tmp_path):
   assert artifact.sample_tokens(LABELS, 0).shape == (5, 16)
   with pytest.raises(UserError, match="holds no decoder"):
     artifact.sample(LABELS, 0)
+
+
+def test_a_signal_takes_away_what_is_unfinished_but_never_what_is_replaced(
+  exported, tmp_path, monkeypatch
+):
+  taken, written = [], export._write_json
+
+  def look(*arguments):
+    taken.append(len(STOP._unfinished))
+    return written(*arguments)
+
+  monkeypatch.setattr(export, "_write_json", look)
+  monkeypatch.setattr(export, "_put", lambda *arguments: taken.append(len(STOP._unfinished)))
+  export.export(exported[1], ["linen"], tmp_path / "out")
+  assert taken[0] == 1 and taken[-1] == 0
 
 
 @pytest.fixture

@@ -9,18 +9,24 @@ from dimo_jax import benchmark, export, main
 from dimo_jax.convert import __main__ as convert
 from dimo_jax.preemption import STOP
 
+STOPPED = "stopped; nothing unfinished was kept"
+
 
 @pytest.mark.parametrize(
   ("lines", "code", "says"),
   [
-    ("STOP.at_once(); raise_signal(SIGTERM)", 143, ["SIGTERM: stopped; nothing was kept"]),
-    ("STOP.at_once(); raise_signal(SIGINT)", 130, ["SIGINT: stopped; nothing was kept"]),
+    (
+      "STOP.at_once(); raise_signal(SIGTERM)",
+      143,
+      [f"SIGTERM: {STOPPED}"],
+    ),
+    ("STOP.at_once(); raise_signal(SIGINT)", 130, [f"SIGINT: {STOPPED}"]),
     (
       "raise_signal(SIGTERM); STOP.at_once()",
       143,
       [
         "SIGTERM: stopping after this step; Ctrl-C stops at once",
-        "SIGTERM: stopped; nothing was kept",
+        f"SIGTERM: {STOPPED}",
       ],
     ),
   ],
