@@ -1,11 +1,23 @@
 """One-step generators by distribution-matching distillation, in JAX and Flax."""
 
+import itertools
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   from dimo_jax.artifacts import Artifact, load
 
 __all__ = ["Artifact", "load"]
+
+# While `python -m dimo_jax.COMMAND` is found and imported, JAX with it, Ctrl-C ends it without a
+# traceback; then the command sees to signals itself.
+_IS_COMMAND = sys.argv[:1] == ["-m"] and any(
+  option == "-m" and name.startswith(f"{__name__}.")
+  for option, name in itertools.pairwise(sys.orig_argv)
+)
+if _IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def __getattr__(name: str) -> Any:

@@ -355,19 +355,21 @@ def check_record(directory: Path, fields: Mapping[str, Any]) -> None:
   """Records what a stage depends on, or compares it with the record of the run begun there.
 
   Raises:
-    UserError: fields differ; all of them are named.
+    UserError: fields differ, and the run has kept something by the old ones; all are named.
   """
   changed = changed_fields(directory, fields)
   refuse_changes(directory, changed)
   path = directory / "record.json"
-  if is_first() and not path.exists():
+  if is_first() and not (path.exists() and _has_kept(directory.parent)):
     write_atomically(path, json.dumps(dict(fields), indent=1, sort_keys=True))
 
 
 def changed_fields(directory: Path, fields: Mapping[str, Any]) -> dict[str, str]:
-  """`old -> new` by name, for what differs from the record of a run begun in `directory`."""
+  """`old -> new` by name, for what differs from the record of a run begun in `directory`; nothing
+  where that run ended before any of its stages kept a checkpoint or parameters.
+  """
   path = directory / "record.json"
-  if not path.exists():
+  if not path.exists() or not _has_kept(directory.parent):
     return {}
   fields = json.loads(json.dumps(dict(fields)))
   try:
@@ -381,6 +383,10 @@ def changed_fields(directory: Path, fields: Mapping[str, Any]) -> dict[str, str]
     for name in {*recorded, *fields}
     if recorded.get(name) != fields.get(name)
   }
+
+
+def _has_kept(workdir: Path) -> bool:
+  return any(workdir.glob("*/*.safetensors")) or any(workdir.glob("*/checkpoints/[0-9]*"))
 
 
 def refuse_changes(directory: Path, changed: Mapping[str, str]) -> None:

@@ -270,20 +270,24 @@ def _judge(arguments: argparse.Namespace) -> judges.AnyJudge:
     if arguments.classifier_from:
       raise UserError(f"--classifier_from is not for protocol={arguments.protocol!r}")
     return _published(arguments)
-  if arguments.num_images or arguments.statistics or arguments.inception:
-    raise UserError(
-      f"protocol={arguments.protocol!r} has its own number of images, statistics and network"
-    )
-  workdir = Path(arguments.classifier_from or arguments.checkpoint)
-  if not (workdir / "classifier").is_dir():
+  workdir = _own_workdir(arguments)
+  if not (workdir / prepare.CLASSIFIER_FILE).exists():
     raise UserError(
       f"protocol={arguments.protocol!r} needs a run's classifier, and {str(workdir)!r} has none:"
-      " name the run's workdir with --classifier_from (one that has just begun has it once it is"
-      " trained)"
+      " name the run's workdir with --classifier_from"
     )
   return judges.own_judge(
     arguments.protocol, workdir, arguments.batch_size, per_class=arguments.per_class
   )
+
+
+def _own_workdir(arguments: argparse.Namespace) -> Path:
+  """The workdir whose classifier is the network of an own protocol."""
+  if arguments.num_images or arguments.statistics or arguments.inception:
+    raise UserError(
+      f"protocol={arguments.protocol!r} has its own number of images, statistics and network"
+    )
+  return Path(arguments.classifier_from or arguments.checkpoint)
 
 
 def _not_own(arguments: argparse.Namespace) -> PublishedProtocol:
@@ -360,6 +364,10 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> None:
+  if arguments.protocol in PROTOCOLS:
+    watch.wait_for_classifier(
+      arguments.protocol, _own_workdir(arguments), every_seconds=arguments.every_seconds
+    )
   watch.watch(
     _judge(arguments),
     Path(arguments.checkpoint),

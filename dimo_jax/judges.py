@@ -26,7 +26,7 @@ from dimo_jax.sharding import check_batch, make_mesh
 from dimo_jax.types import Float, Int, UserError
 from dimo_jax.writers import say
 
-__all__ = ["AnyJudge", "OwnJudge", "evaluate_once", "own_judge", "sweep"]
+__all__ = ["AnyJudge", "OwnJudge", "check_own_protocol", "evaluate_once", "own_judge", "sweep"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +123,16 @@ class OwnJudge:
     return {c: frechet_distance(real[c], generated[c]) for c in sorted(real.keys() & generated)}
 
 
+def check_own_protocol(name: str, workdir: Path) -> None:
+  """Raises UserError where a workdir has recorded another protocol, or no config."""
+  recorded = Recipe.load(workdir).config.evaluation.protocol
+  if recorded != name:
+    raise UserError(
+      f"protocol={name!r}: {workdir} was trained with evaluation.protocol={recorded!r}, which is"
+      " what it can be judged by"
+    )
+
+
 def own_judge(
   name: str, workdir: Path, batch_size: int = 0, *, per_class: bool = False
 ) -> OwnJudge:
@@ -134,13 +144,8 @@ def own_judge(
   Raises:
     UserError: no config or classifier there, or a training under another protocol.
   """
-  recipe = Recipe.load(workdir)
-  config = recipe.config
-  if config.evaluation.protocol != name:
-    raise UserError(
-      f"protocol={name!r}: {workdir} was trained with evaluation.protocol="
-      f"{config.evaluation.protocol!r}, which is what it can be judged by"
-    )
+  check_own_protocol(name, workdir)
+  config = Recipe.load(workdir).config
   protocol = PROTOCOLS[name]
   source = load_source(
     config.data.name,
@@ -149,7 +154,7 @@ def own_judge(
     image_size=config.data.image_size,
     tfds_name=config.data.tfds_name,
   )
-  classifier = Classifier.load(workdir / "classifier" / "classifier.safetensors")
+  classifier = Classifier.load(workdir / prepare.CLASSIFIER_FILE)
   images, labels = prepare.load_arrays(source)
   reference = protocol.reference(classifier, images, labels)
   batch_size = batch_size or config.evaluation.batch_size

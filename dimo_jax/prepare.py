@@ -41,6 +41,7 @@ from dimo_jax.teachers.vqgan import RANDOM
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
+CLASSIFIER_FILE = "classifier/classifier.safetensors"  # in a workdir
 TEACHER_FILE = "teacher.safetensors"
 _TOKENIZER_FILE = "tokenizer.safetensors"  # fitted
 _GIVEN_TOKENIZER_FILE = "given.safetensors"  # beside it: the one that a given teacher brought
@@ -165,10 +166,9 @@ def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
   protocol = experiment.protocol
   if protocol is None:
     return None
-  directory = workdir / "classifier"
-  directory.mkdir(parents=True, exist_ok=True)
-  check_record(directory, classifier_fields(experiment))
-  path = directory / "classifier.safetensors"
+  path = workdir / CLASSIFIER_FILE
+  path.parent.mkdir(parents=True, exist_ok=True)
+  check_record(path.parent, classifier_fields(experiment))
   if not exists(path):
     train, test = load_arrays(experiment.source("train")), load_arrays(experiment.source("test"))
     classifier = train_classifier(

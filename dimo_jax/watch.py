@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dimo_jax.convert import files
 from dimo_jax.evaluation import scoring
 from dimo_jax.evaluation.compare import distance_of
 from dimo_jax.generators import load_generator
-from dimo_jax.judges import AnyJudge
+from dimo_jax.judges import AnyJudge, check_own_protocol
 from dimo_jax.preemption import STOP
-from dimo_jax.recipe import Recipe
+from dimo_jax.prepare import CLASSIFIER_FILE
+from dimo_jax.recipe import CONFIG_FILE, Recipe
 from dimo_jax.types import UserError
 from dimo_jax.writers import say, write_atomically
 
-__all__ = ["BEST_FILE", "watch"]
+__all__ = ["BEST_FILE", "wait_for_classifier", "watch"]
 
 BEST_FILE = "best.json"  # the only file that a watch writes in a training's folder
 
@@ -51,9 +53,10 @@ def watch(
     UserError: no such fields, no training there, or one that is not for the judge's protocol.
     Preempted: a signal came.
   """
+  _check_folder(workdir)
   workdir = workdir.resolve()  # the rows name it
   fields = dict(fields or {})
-  if (workdir / "config.json").exists():
+  if (workdir / CONFIG_FILE).exists():
     Recipe.load(workdir).override(fields)  # refuses before anything is computed
   asked = {"checkpoint": str(workdir), "fields": fields, "tokenizer": tokenizer or None}
   copies = out.with_name(f"{out.name}.checkpoints")
@@ -89,7 +92,7 @@ def watch(
       _keep_best(workdir, copies, rows)
     seen = skipped.union(row["step"] for row in rows)
     end = until
-    if end is None and (workdir / "config.json").exists():
+    if end is None and (workdir / CONFIG_FILE).exists():
       last = Recipe.load(workdir).config.train.num_steps
       end = last if last in _finished_steps(workdir) else 0  # rows may be of a run before this one
     if end and any(step >= end for step in seen):
@@ -97,12 +100,41 @@ def watch(
     if seen != waiting:
       say(f"watch: waits for a checkpoint after step {max(seen, default=0)}")
       waiting = seen
-    waited = 0.0
-    while waited < every_seconds:
-      STOP.raise_if_set()
-      time.sleep(min(1.0, every_seconds - waited))
-      waited += 1.0
+    _wait(every_seconds)
+
+
+def wait_for_classifier(protocol: str, workdir: Path, *, every_seconds: float) -> None:
+  """Returns once a training has the classifier of its own protocol, which it makes at its start.
+
+  Raises:
+    UserError: no such folder, an export, or a training under another protocol.
+    Preempted: a signal came.
+  """
+  _check_folder(workdir)
+  said = False
+  while not (workdir / CLASSIFIER_FILE).exists():
+    if (workdir / CONFIG_FILE).exists():
+      check_own_protocol(protocol, workdir)
+    if not said:
+      say(f"watch: waits for {workdir / CLASSIFIER_FILE}, which the training makes at its start")
+      said = True
+    _wait(every_seconds)
+
+
+def _check_folder(workdir: Path) -> None:
+  if not workdir.is_dir():
+    raise UserError(f"{str(workdir)!r} is no folder; watch follows a training's workdir")
+  if files.export_folder(workdir) is not None:
+    raise UserError(f"{str(workdir)!r} is an export; watch follows a training's workdir")
+
+
+def _wait(seconds: float) -> None:
+  waited = 0.0
+  while waited < seconds:
     STOP.raise_if_set()
+    time.sleep(min(1.0, seconds - waited))
+    waited += 1.0
+  STOP.raise_if_set()
 
 
 def _rows_of(out: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -140,12 +172,12 @@ def _copy_checkpoint(workdir: Path, step: int, copy: Path) -> bool:
   try:
     shutil.copytree(workdir / checkpoint, temporary / checkpoint)
     whole = _files(workdir / checkpoint) == _files(temporary / checkpoint)
-    for path in (Path("config.json"), Path("distill", "record.json")):
+    for path in (Path(CONFIG_FILE), Path("distill", "record.json")):
       shutil.copy2(workdir / path, temporary / path)
     if (workdir / "tokenizer").is_dir():
       shutil.copytree(workdir / "tokenizer", temporary / "tokenizer")
   except (FileNotFoundError, shutil.Error) as error:
-    for path in (workdir / "config.json", workdir / "distill" / "record.json"):
+    for path in (workdir / CONFIG_FILE, workdir / "distill" / "record.json"):
       if not path.exists():
         raise UserError(f"{workdir} is no training's workdir: it has no {path.name}") from error
     whole = False

@@ -1,5 +1,7 @@
 """Work that keeps nothing ends at a signal at once; the rest is in test_resume.py and others."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import pytest
 from dimo_jax import benchmark, export, main
 from dimo_jax.convert import __main__ as convert
 from dimo_jax.preemption import STOP
+from tests.commands import ROOT
 
 STOPPED = "stopped; nothing unfinished was kept"
 
@@ -76,3 +79,26 @@ def test_commands_that_keep_nothing(command, monkeypatch):
   monkeypatch.setattr(STOP, "at_once", at_once)
   with pytest.raises(Asked):
     command()
+
+
+@pytest.mark.parametrize("command", ["benchmark", "convert", "evaluate", "export", "sample"])
+def test_an_early_interrupt_ends_the_imports(command):
+  program = [sys.executable, "-X", "importtime", "-m", f"dimo_jax.{command}"]
+  with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+    assert any(line.endswith(" numpy\n") for line in process.stderr)  # JAX's come later
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+  assert process.returncode == -signal.SIGINT
+  assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
+
+
+@pytest.mark.parametrize("option", ["-c", "-m"])
+def test_a_program_that_imports_this_package_keeps_its_interrupts(option, tmp_path):
+  lines = "import dimo_jax, signal\nprint(signal.getsignal(signal.SIGINT).__name__)\n"
+  (tmp_path / "other").mkdir()
+  (tmp_path / "other" / "__init__.py").write_text(lines)
+  (tmp_path / "other" / "tool.py").write_text("")
+  command = [sys.executable, option, "other.tool" if option == "-m" else lines]
+  environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+  result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+  assert result.stdout == "default_int_handler\n"

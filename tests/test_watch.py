@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import shutil
+import time
 
 import pytest
 
 from dimo_jax import watch
+from dimo_jax.convert.files import MANIFEST
 from dimo_jax.evaluation import scoring
 from dimo_jax.generators import load_generator
 from dimo_jax.judges import OwnJudge, own_judge
+from dimo_jax.prepare import CLASSIFIER_FILE
+from dimo_jax.recipe import CONFIG_FILE
 from dimo_jax.types import UserError
 from tests import commands
 
@@ -94,6 +98,32 @@ def test_a_watch_refuses_what_is_no_training(workdir, tmp_path):
   (training / "distill" / "record.json").unlink()
   with pytest.raises(UserError, match=r"is no training's workdir: it has no record\.json"):
     watch.watch(judge, training, out, every_seconds=0.0, until=1)
+
+
+def test_a_watch_waits_for_the_classifier(workdir, tmp_path, monkeypatch, capsys):
+  parts, missing = [CONFIG_FILE, CLASSIFIER_FILE], tmp_path / "training"
+  (missing / "classifier").mkdir(parents=True)
+  asleep = []
+
+  def sleep(seconds):
+    asleep.append(seconds)
+    shutil.copy2(workdir / parts[0], missing / parts.pop(0))
+
+  monkeypatch.setattr(time, "sleep", sleep)
+  watch.wait_for_classifier("debug", missing, every_seconds=0.5)
+  assert asleep == [0.5, 0.5] and (missing / CLASSIFIER_FILE).exists()
+  assert capsys.readouterr().out.count("which the training makes at its start") == 1
+
+
+def test_a_watch_does_not_wait_for_what_never_comes(workdir, tmp_path):
+  with pytest.raises(UserError, match=r"nowhere' is no folder; watch follows a training's workdir"):
+    watch.wait_for_classifier("debug", tmp_path / "nowhere", every_seconds=0.0)
+  shutil.copy2(workdir / CONFIG_FILE, tmp_path)
+  with pytest.raises(UserError, match=r"was trained with evaluation\.protocol='debug'"):
+    watch.wait_for_classifier("digits", tmp_path, every_seconds=0.0)
+  (tmp_path / MANIFEST).write_text("{}")
+  with pytest.raises(UserError, match="is an export; watch follows"):
+    watch.watch(own_judge("debug", workdir), tmp_path, tmp_path / "out.jsonl", every_seconds=0.0)
 
 
 def test_a_copy_of_an_earlier_training_is_made_again(tmp_path):

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -226,8 +227,9 @@ def _run(shards: dict[str, Shard], num_workers: int, keep: Callable[[str, Record
   with ProcessPoolExecutor(num_workers, context, initializer=_start_worker) as pool:
     while True:
       if STOP.signal is None:
-        for name, shard in itertools.islice(queue, num_workers - len(running)):
-          running[pool.submit(write_shard, shard)] = name
+        with _interrupts_held():
+          for name, shard in itertools.islice(queue, num_workers - len(running)):
+            running[pool.submit(write_shard, shard)] = name
       if not running:
         return
       finished, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -235,17 +237,25 @@ def _run(shards: dict[str, Shard], num_workers: int, keep: Callable[[str, Record
         try:
           keep(running.pop(future), future.result())
         except BrokenProcessPool as error:
+          STOP.raise_if_set()  # the signal was for all of them
           raise RunStopped(
             "a worker was killed, perhaps for want of memory; run the same command again, with"
             " fewer --workers"
           ) from error
 
 
-def _start_worker() -> None:
-  """Ctrl-C is for the main process to answer, and without it a worker has no reason to go on."""
-  import signal
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+  """Ctrl-C waits; the workers that begin meanwhile never see it: the main process answers it."""
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+  try:
+    yield
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+def _start_worker() -> None:
+  """A worker has no reason to go on without the main process."""
   parent = multiprocessing.parent_process()
   assert parent is not None
 

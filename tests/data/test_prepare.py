@@ -15,11 +15,13 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from dimo_jax.data import preparation
 from dimo_jax.data.listing import is_imagenet, list_source
 from dimo_jax.data.pipeline import image_batches
 from dimo_jax.data.preparation import prepare
+from dimo_jax.data.shards import Shard
 from dimo_jax.data.sources import load_source
-from dimo_jax.health import disk_is_full
+from dimo_jax.health import RunStopped, disk_is_full
 from dimo_jax.preemption import STOP, Preempted
 from dimo_jax.types import UserError
 
@@ -267,6 +269,49 @@ def test_killed_in_the_middle_of_a_shard_it_goes_on(tree, uninterrupted, tmp_pat
 
 def test_several_workers_write_the_same_bytes(tree, uninterrupted, tmp_path):
   assert contents(prepared(tree, tmp_path / "out", num_workers=2)) == contents(uninterrupted)
+
+
+TWO_SHARDS = dict.fromkeys("ab", Shard("", [], SIZE, 1))
+
+
+def interrupts_are_held(shard=None):
+  del shard
+  return {"held": signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])}
+
+
+def test_interrupts_are_for_the_main_process(monkeypatch):
+  monkeypatch.setattr(preparation, "write_shard", interrupts_are_held)
+  seen = {}
+  preparation._run(TWO_SHARDS, 2, seen.__setitem__)
+  assert seen == {"a": {"held": True}, "b": {"held": True}}
+  assert interrupts_are_held() == {"held": False}
+
+
+def die(shard):
+  del shard
+  os._exit(1)
+
+
+@pytest.mark.parametrize(
+  ("signalled", "error", "message"),
+  [
+    (None, RunStopped, "a worker was killed, perhaps for want of memory"),
+    (signal.SIGTERM, Preempted, "SIGTERM: the same command goes on from here"),
+  ],
+  ids=["alone", "with the main process"],
+)
+def test_workers_that_are_killed(signalled, error, message, monkeypatch):
+  wait = preparation.wait
+
+  def waiting(*arguments, **options):
+    monkeypatch.setattr(STOP, "signal", signalled)
+    return wait(*arguments, **options)
+
+  monkeypatch.setattr(preparation, "write_shard", die)
+  monkeypatch.setattr(preparation, "wait", waiting)
+  monkeypatch.setattr(STOP, "signal", None)
+  with pytest.raises(error, match=message):
+    preparation._run(TWO_SHARDS, 2, lambda *_: None)
 
 
 def test_a_signal_stops_between_shards(tree, uninterrupted, tmp_path, monkeypatch):
