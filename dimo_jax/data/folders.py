@@ -11,7 +11,7 @@ from jaxtyping import Int32
 from dimo_jax.data.images import check_shape, decode_image, sample
 from dimo_jax.types import UserError
 
-__all__ = ["FolderSource", "load_folder"]
+__all__ = ["FolderSource", "holds_classes", "load_folder"]
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
 FOLDERS = {"train": ("train",), "test": ("val", "test")}  # of a split: the first that is there
@@ -107,7 +107,21 @@ def _split_folder(path: str, names: Sequence[str]) -> str:
   for name in names:
     if os.path.isdir(os.path.join(path, name)):
       return os.path.join(path, name)
-  raise UserError(f"data.path={path!r} must have a folder {' or '.join(map(repr, names))}")
+  hint = ""
+  if holds_classes(path):
+    hint = "; python -m dimo_jax.data.prepare --val_fraction=0.1 divides a folder of classes"
+  raise UserError(f"data.path={path!r} must have a folder {' or '.join(map(repr, names))}{hint}")
+
+
+def holds_classes(path: str) -> bool:
+  """Whether images lie in folders of the folder, which are none of the splits'."""
+  splits = {name for names in FOLDERS.values() for name in names}
+  return any(
+    file.lower().endswith(EXTENSIONS)
+    for name in _visible(path, os.DirEntry.is_dir)
+    if name not in splits
+    for file in _visible(os.path.join(path, name), os.DirEntry.is_file)
+  )
 
 
 def _visible(folder: str, wanted: Callable[[os.DirEntry], bool]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a data set on disk holds: folders of images, or tar files as ImageNet comes in."""
 
+import collections
 import glob
 import hashlib
 import os
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from dimo_jax.data.folders import EXTENSIONS
+from dimo_jax.data.folders import EXTENSIONS, holds_classes
 from dimo_jax.types import UserError
 
 __all__ = ["PLACES", "Entry", "Listing", "classes_sha256", "is_imagenet", "list_source"]
@@ -86,27 +87,27 @@ def is_imagenet(classes: Iterable[str]) -> bool:
   return classes_sha256(classes) == _IMAGENET_SHA256
 
 
-def list_source(source: str, labels_path: str = "") -> Listing:
-  """Lists train and validation images of a folder that holds a place of PLACES for each.
+def list_source(source: str, labels_path: str = "", val_fraction: float = 0.0) -> Listing:
+  """Lists train and validation images of a folder that holds a place of PLACES for each, or with
+  `val_fraction` the classes themselves, of which it takes that part each to validate on.
 
   A place is a folder `<class>/<image>`, a tar file of the same, or ImageNet's tar file with a tar
   file for each class inside. Validation images may also lie flat, then `labels_path` is a text file
   with the class name of each, a line for an image in order of name; ImageNet's own need none.
 
   Raises:
-    UserError: nothing there, no classes, a class without images, or labels that do not fit.
+    UserError: nothing there, no classes, a class without images or with one that should be divided,
+      or labels that do not fit.
   """
   if not os.path.isdir(source):
     raise UserError(f"--source={source!r} must be a folder that holds train and val, or tar files")
   skipped: list[tuple[str, str]] = []
   items = {}
-  for split in PLACES:
-    place = _place(source, split)
-    read = _folder_items if os.path.isdir(place) else _tar_items
-    try:
-      items[split] = sorted(read(place, split, skipped), key=lambda item: item[:2])
-    except OSError as error:
-      raise UserError(f"{error.filename or place} cannot be read: {error.strerror}") from error
+  if val_fraction:
+    items = _divided(source, val_fraction, skipped)
+  else:
+    for split in PLACES:
+      items[split] = _read_place(_place(source, split), split, skipped)
   classes = sorted({item.class_name for item in items["train"]} - {""})
   if not classes:
     raise UserError(
@@ -142,13 +143,62 @@ def list_source(source: str, labels_path: str = "") -> Listing:
   return Listing(classes, splits, sorted(skipped))
 
 
+def _divided(
+  source: str, val_fraction: float, skipped: list[tuple[str, str]]
+) -> dict[str, list[_Item]]:
+  """The images of a folder of classes by split; which are whose depends on their names alone."""
+  for name in (name for names in PLACES.values() for name in names):
+    if os.path.exists(os.path.join(source, name)):
+      raise UserError(
+        f"--val_fraction={val_fraction:g} is for a folder of classes, and --source={source!r} holds"
+        f" {name}"
+      )
+  classes = collections.defaultdict[str, list[_Item]](list)
+  for item in _read_place(source, "source", skipped):
+    if item.class_name:
+      classes[item.class_name].append(item)
+    else:
+      skipped.append((f"source/{item.file_name}", "lies in no class"))
+  if not classes:
+    raise UserError(
+      f"--source={source!r} has no images in folders of classes; they end in"
+      f" {', '.join(EXTENSIONS)}{_of_tars(source)}"
+    )
+  items: dict[str, list[_Item]] = {split: [] for split in PLACES}
+  for name, found in classes.items():
+    if len(found) == 1:
+      raise UserError(
+        f"--val_fraction={val_fraction:g}: {os.path.join(source, name)} has one image, must have at"
+        " least two"
+      )
+    found.sort(key=_hash_of_name)
+    number = min(max(round(val_fraction * len(found)), 1), len(found) - 1)
+    items["validation"] += found[:number]
+    items["train"] += found[number:]
+  return items
+
+
+def _hash_of_name(item: _Item) -> bytes:
+  name = f"{item.class_name}/{item.file_name}"
+  return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+
+
+def _read_place(place: str, split: str, skipped: list[tuple[str, str]]) -> list[_Item]:
+  read = _folder_items if os.path.isdir(place) else _tar_items
+  try:
+    return sorted(read(place, split, skipped), key=lambda item: item[:2])
+  except OSError as error:
+    raise UserError(f"{error.filename or place} cannot be read: {error.strerror}") from error
+
+
 def _place(source: str, split: str) -> str:
   for name in PLACES[split]:
     if os.path.exists(os.path.join(source, name)):
       return os.path.join(source, name)
-  raise UserError(
-    f"--source={source!r} must hold one of {', '.join(PLACES[split])}{_of_tars(source)}"
-  )
+  hint = _of_tars(source)
+  if not hint and holds_classes(source):
+    hint = "; it holds folders of images: --val_fraction=0.1 divides each"
+  raise UserError(f"--source={source!r} must hold one of {', '.join(PLACES[split])}{hint}")
 
 
 def _of_tars(folder: str) -> str:

@@ -47,6 +47,7 @@ def prepare(
   *,
   num_workers: int = 0,
   labels_path: str = "",
+  val_fraction: float = 0.0,
   images_per_shard: int = IMAGES_PER_SHARD,
 ) -> None:
   """Writes the images of `source` to the folder `out`, or goes on where it was interrupted.
@@ -58,18 +59,18 @@ def prepare(
   Args:
     size: pixels a side.
     num_workers: processes; 0 is one for each core.
-    labels_path: as in `list_source`.
+    labels_path, val_fraction: as in `list_source`.
 
   Raises:
     UserError: bad arguments, an unusable source, or an `out` that holds something else.
     Preempted: a signal came; the shards that were finished are kept.
   """
   folder = Path(out)
-  _check_arguments(source, out, size, num_workers)
+  _check_arguments(source, out, size, num_workers, val_fraction)
   settings: dict[str, Any] = {"format": FORMAT, "size": size, "images_per_shard": images_per_shard}
   _check_settings(folder, out, settings)
   print(f"listing {source}", flush=True)
-  listing = list_source(source, labels_path)
+  listing = list_source(source, labels_path, val_fraction)
   settings |= {
     "classes_sha256": classes_sha256(listing.classes),
     "source_sha256": listing.sha256(),
@@ -90,7 +91,9 @@ def _num_cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_arguments(source: str, out: str, size: int, num_workers: int) -> None:
+def _check_arguments(
+  source: str, out: str, size: int, num_workers: int, val_fraction: float
+) -> None:
   if not source:
     raise UserError("--source is missing; name the folder that holds train and val, or tar files")
   if not out:
@@ -99,6 +102,8 @@ def _check_arguments(source: str, out: str, size: int, num_workers: int) -> None
     raise UserError(f"--size={size} must be positive: pixels a side, such as --size=256")
   if num_workers < 0:
     raise UserError(f"--workers={num_workers} must not be negative; 0 is one for each core")
+  if not 0 <= val_fraction < 1:
+    raise UserError(f"--val_fraction={val_fraction:g} must be between 0 and 1, such as 0.1")
   if Path(out).resolve().is_relative_to(Path(source).resolve()):
     raise UserError(f"--out={out!r} must not lie in --source={source!r}")
 

@@ -152,6 +152,37 @@ def test_grain_and_tfds_read_it(uninterrupted):
   assert raw[5].index(b"file_name") < raw[5].index(b"image") < raw[5].index(b"label")
 
 
+def test_a_folder_of_classes_is_divided(tree, tmp_path):
+  """Each class by the names of its images: no image is lost, none is in both, none moves."""
+  source = tmp_path / "classes"
+  for name in CLASSES:
+    for split in ("train", "val"):
+      shutil.copytree(tree / split / name, source / name, dirs_exist_ok=True)
+  (source / "notes.png").touch()
+  listing = list_source(str(source), val_fraction=0.3)
+  names = {
+    split: {entry.name.removeprefix(f"{split}/") for entry in entries}
+    for split, entries in listing.splits.items()
+  }
+  assert {split: len(found) for split, found in names.items()} == {"train": 12, "validation": 6}
+  assert names["train"] | names["validation"] == {
+    str(path.relative_to(source)) for path in source.glob("*/*")
+  }
+  assert listing.skipped == [("source/notes.png", "lies in no class")]
+  assert [entry.label for entry in listing.splits["validation"]] == [0, 0, 1, 1, 2, 2]
+  more = list_source(str(source), val_fraction=0.5)
+  assert names["validation"] < {
+    entry.name.removeprefix("validation/") for entry in more.splits["validation"]
+  }
+  for fraction, number in [(0.01, 1), (0.99, 5)]:  # of six images each
+    splits = list_source(str(source), val_fraction=fraction).splits
+    assert len(splits["validation"]) == number * len(CLASSES)
+  out = prepared(source, tmp_path / "out", val_fraction=0.3)
+  assert len(load_source("prepared", "test", str(out))) == 6
+  with pytest.raises(UserError, match="of other files"):
+    prepared(source, out, val_fraction=0.5)
+
+
 def test_what_cannot_be_used_is_named_and_left_out(tree, tmp_path, capsys):
   shutil.copytree(tree, tmp_path / "tree")
   break_tree(tmp_path / "tree")
@@ -352,6 +383,17 @@ def remove(name):
   return lambda root: shutil.rmtree(root / name)
 
 
+def only(name):
+  """The source becomes what was one of its folders."""
+
+  def change(root):
+    (root / name).rename(root.with_name("part"))
+    shutil.rmtree(root)
+    root.with_name("part").rename(root)
+
+  return change
+
+
 def flat_validation(root):
   for path in (root / "val").glob("*/*"):
     path.rename(root / "val" / path.name)
@@ -373,6 +415,29 @@ def no_tar(root):
     (shutil.rmtree, {}, "--source='{}' must be a folder that holds train and val, or tar files"),
     (remove("train"), {}, "--source='{}' must hold one of train, ILSVRC2012_img_train.tar"),
     (remove("val"), {}, "--source='{}' must hold one of val, ILSVRC2012_img_val.tar"),
+    (
+      lambda root: (root / "train").rename(root / "all"),
+      {},
+      "--source='{}' must hold one of train,",
+    ),
+    (None, {"val_fraction": 1.0}, "--val_fraction=1 must be between 0 and 1, such as 0.1"),
+    (
+      None,
+      {"val_fraction": 0.1},
+      "--val_fraction=0.1 is for a folder of classes, and --source='{}'",
+    ),
+    (only("train/b"), {"val_fraction": 0.1}, "--source='{}' has no images in folders of classes"),
+    (
+      lambda root: (only("train")(root), (root / "a/1_a_train.JPEG").rename(root / "1.JPEG")),
+      {},
+      "--source='{}' must hold one of train, ILSVRC2012_img_train.tar, train.tar; it holds folders"
+      " of images: --val_fraction=0.1 divides each",
+    ),
+    (
+      lambda root: (only("val")(root), (root / "c/1_c_val.JPEG").unlink()),
+      {"val_fraction": 0.1},
+      "--val_fraction=0.1: {}/c has one image, must have at least two",
+    ),
     (
       lambda root: [remove(f"train/{name}")(root) for name in CLASSES],
       {},
