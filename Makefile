@@ -20,6 +20,7 @@ quickstart: $(VENV)/.installed ## install, then train a teacher and distil it on
 	$(BIN)/python -m dimo_jax.main --config=configs/digits.py --workdir=runs/digits
 
 install: $(VENV)/.installed ## create the virtual environment (PYTHON=python3.12 VENV=.venv)
+	@echo "Installed; next: . $(VENV)/bin/activate"
 
 test: $(VENV)/.installed-dev ## run the test suite (PYTEST_ARGS="-k name")
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

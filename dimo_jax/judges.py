@@ -1,7 +1,6 @@
 """Generators before a judge: one evaluation, each once, and a sampling field's values in turn."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -110,7 +109,7 @@ class OwnJudge:
       "versions": versions(),
     }
     scoring.append_row(out, row)
-    say(json.dumps(row))
+    scoring.say_row(generator.name, row, out)
     return row
 
   def _per_class(

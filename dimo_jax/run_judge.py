@@ -219,8 +219,4 @@ class RunJudge:
   def _once(self, key: Mapping[str, Any], evaluate: Callable[[], Row]) -> Row:
     """The row that has all of `key`, made if there is none."""
     found = scoring.find_row(self._out, {**self.judge.identity, **key})
-    if found is not None:
-      return found
-    row = evaluate()
-    say(f"evaluation: {row['model']}, {row['steps']} steps: FID {row['fid']:.4f}")
-    return row
+    return evaluate() if found is None else found

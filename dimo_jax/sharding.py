@@ -69,8 +69,10 @@ def _check_fsdp(fsdp: int, num_devices: int) -> None:
 def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, field: str) -> None:
   """Raises UserError where a global batch cannot be split evenly over the mesh."""
   if batch_size < 1 or batch_size % mesh.size:
+    fits = max(1, round(batch_size / mesh.size)) * mesh.size
     raise UserError(
-      f"{field}={batch_size} must be a positive multiple of the number of devices, {mesh.size}"
+      f"{field}={batch_size} must be a positive multiple of the number of devices, {mesh.size}:"
+      f" {fits} is"
     )
 
 

@@ -195,12 +195,16 @@ def evaluate_images(
   batches = image_batches(images, protocol.num_images, judge.batch_size)
   row, state_path = judge.judge(batches, images.name, out, source)
   shown = images.read(0, min(_NUM_PICTURES, protocol.num_images))
-  _finish(out, row, state_path, shown)
+  _finish(images.name, out, row, state_path, shown)
   return row
 
 
 def _finish(
-  out: Path, row: dict[str, Any], state_path: Path, shown: UInt8[np.ndarray, "b h w 3"]
+  name: str,
+  out: Path,
+  row: dict[str, Any],
+  state_path: Path,
+  shown: UInt8[np.ndarray, "b h w 3"],
 ) -> None:
   """Saves the first pictures beside the results, then the row."""
   file = Path(f"{state_path.name.removesuffix('.partial.npz')}.png")
@@ -212,7 +216,7 @@ def _finish(
     state_path.unlink(missing_ok=True)
 
   on_first(write)
-  say(json.dumps(dict(row)))
+  scoring.say_row(name, row, out)
 
 
 Images = Float[np.ndarray | Array, "b h w c"] | UInt8[np.ndarray | Array, "b h w c"]
@@ -326,7 +330,8 @@ def evaluate_generator(
   labels = np.resize(judge.protocol.labels()[:num], judge.batch_size)
   first = generator.batch(labels, judge.protocol.seed, 0)
   shown, _ = _levels(first, judge.protocol)
-  _finish(out, row, state_path, fetch(shown)[: min(num, _NUM_PICTURES)])
+  shown = fetch(shown)[: min(num, _NUM_PICTURES)]
+  _finish(generator.name, out, row, state_path, shown)
   return row
 
 
@@ -388,5 +393,5 @@ def make_statistics(
   write_arrays(out, arrays)
   state_path.unlink(missing_ok=True)
   made = {**settings, "num": pool.num, "statistics": str(out), "sha256": file_sha256(out)}
-  say(json.dumps(made))
+  say(f"{images.name}: statistics of {pool.num} images for {protocol.name}: {out}")
   return made

@@ -15,10 +15,21 @@ from dimo_jax.evaluation.published import PublishedProtocol
 from dimo_jax.evaluation.references import ReferenceFile
 from dimo_jax.evaluation.report import versions
 from dimo_jax.types import Float, UserError
-from dimo_jax.writers import write_atomically
+from dimo_jax.writers import say, write_atomically
 
-__all__ = ["append_row", "find_row", "read_rows", "result_row", "score"]
+__all__ = ["append_row", "find_row", "read_rows", "result_row", "say_row", "score"]
 
+# What a console line says of a row, where it has it.
+_SAID = (
+  ("frechet_distance", "Fréchet distance"),
+  ("fid", "FID"),
+  ("sfid", "sFID"),
+  ("inception_score", "IS"),
+  ("kid", "KID"),
+  ("class_agreement", "class agreement"),
+  ("precision", "precision"),
+  ("recall", "recall"),
+)
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 
 
@@ -105,6 +116,18 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   before = path.read_text(encoding="utf-8") if path.exists() else ""
   write_atomically(path, before + json.dumps(dict(row)) + "\n")
+
+
+def say_row(name: str, row: Mapping[str, Any], path: Path) -> None:
+  """A console line: the numbers of a row of the file `path`, and what of them is unverified."""
+  numbers = ", ".join(f"{title} {row[key]:.4g}" for key, title in _SAID if row.get(key) is not None)
+  step, swept, unverified = (row.get(key) for key in ("step", "sweep", "unverified"))
+  of = f", checkpoint {step}" if step is not None else ""
+  of += f", {swept['field']}={swept['value']:g}" if swept else ""
+  doubts = [f"with {key}={value}" for key, value in row.get("departures", {}).items()]
+  doubts += [f"unverified: {', '.join(unverified)}"] if unverified else []
+  doubt = f" ({'; '.join(doubts)})" if doubts else ""
+  say(f"{name}{of}: {row['protocol']}{doubt}: {numbers}; row in {path}")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
