@@ -240,18 +240,12 @@ def _states(
     name: teacher.trained_state(weights, optimizers[name].build(num_updates), frozen)
     for name, weights in trained.items()
   }
-  distillation = DistillState(
-    generator=nets["generator"],
-    fake_score=nets["fake_score"],
-    ema=nets["generator"].params,
-    clock=jnp.zeros((), jnp.int32),
-    extra=objective.init_extra(),
-  )
+  distillation = DistillState.create(**nets, extra=objective.init_extra())
   if config.teacher.path:
     return distillation, frozen_teacher
   num_steps = config.teacher.pretrain.num_steps
   network = teacher.trained_state(params, pretrain_optimizer.build(num_steps))
-  return distillation, frozen_teacher, PretrainState(network, network.params)
+  return distillation, frozen_teacher, PretrainState.create(network)
 
 
 def _check_teacher(

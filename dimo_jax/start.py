@@ -22,7 +22,7 @@ from dimo_jax.sharding import (
   shard_batch,
   state_sharding,
 )
-from dimo_jax.state import DistillState, FirstStage, NetworkState, copy_tree
+from dimo_jax.state import DistillState, FirstStage, NetworkState
 from dimo_jax.step import distill_step
 from dimo_jax.types import Params
 
@@ -61,13 +61,7 @@ def initial_state(
       experiment.teacher.trained_state(params, tx, frozen)
       for params, tx in zip((first.generator, fake_params), optimizers, strict=True)
     )
-    return DistillState(
-      generator=generator,
-      fake_score=fake_score,
-      ema=copy_tree(generator.params),
-      clock=jnp.zeros((), jnp.int32),
-      extra=experiment.objective.init_extra(),
-    )
+    return DistillState.create(generator, fake_score, experiment.objective.init_extra())
 
   return make
 

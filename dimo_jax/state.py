@@ -110,6 +110,11 @@ class PretrainState(struct.PyTreeNode):
   network: NetworkState
   ema: Params
 
+  @classmethod
+  def create(cls, network: NetworkState) -> "PretrainState":
+    """That of step 0."""
+    return cls(network, copy_tree(network.params))
+
 
 class DistillState(struct.PyTreeNode):
   """What one distillation iteration changes, and a checkpoint holds.
@@ -126,6 +131,17 @@ class DistillState(struct.PyTreeNode):
   ema: Params
   clock: Int[Array, ""]
   extra: Any
+
+  @classmethod
+  def create(cls, generator: NetworkState, fake_score: NetworkState, extra: Any) -> "DistillState":
+    """That of step 0."""
+    return cls(
+      generator=generator,
+      fake_score=fake_score,
+      ema=copy_tree(generator.params),
+      clock=jnp.zeros((), jnp.int32),
+      extra=extra,
+    )
 
   @property
   def ema_params(self) -> Params:

@@ -32,7 +32,7 @@ from dimo_jax.start import (
   place,
   teacher_state,
 )
-from dimo_jax.state import DistillState, NetworkState, PretrainState, all_finite, copy_tree
+from dimo_jax.state import DistillState, NetworkState, PretrainState, all_finite
 from dimo_jax.step import pretrain_step
 from dimo_jax.trackers import Stage, open_trackers
 from dimo_jax.types import Metrics, Params, UserError
@@ -196,8 +196,8 @@ def _pretrain(experiment: Experiment, directory: Path, tokenizer_params: Params)
   tx = experiment.pretrain_optimizer.build(pretrain.num_steps)
 
   def make_state() -> PretrainState:
-    network = experiment.teacher.trained_state(prepare.random_teacher(experiment), tx)
-    return PretrainState(network, copy_tree(network.params))
+    teacher = prepare.random_teacher(experiment)
+    return PretrainState.create(experiment.teacher.trained_state(teacher, tx))
 
   constants = place(tokenizer_params, mesh, rules)
   step_fn = jit_step(
