@@ -1,6 +1,5 @@
 """One-step generators by distribution-matching distillation, in JAX and Flax."""
 
-import itertools
 import signal
 import sys
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,9 @@ if TYPE_CHECKING:
 __all__ = ["Artifact", "load"]
 
 # While `python -m dimo_jax.COMMAND` is found and imported, JAX with it, Ctrl-C ends it without a
-# traceback; then the command sees to signals itself.
-_IS_COMMAND = sys.argv[:1] == ["-m"] and any(
-  option == "-m" and name.startswith(f"{__name__}.")
-  for option, name in itertools.pairwise(sys.orig_argv)
-)
+# traceback; then the command sees to signals itself. Python's own words come before the program's.
+_COMMAND = sys.orig_argv[-len(sys.argv)] if sys.argv[:1] == ["-m"] else ""
+_IS_COMMAND = _COMMAND.removeprefix("-m").startswith(f"{__name__}.")
 if _IS_COMMAND and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
   signal.signal(signal.SIGINT, signal.SIG_DFL)
 

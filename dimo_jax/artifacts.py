@@ -24,7 +24,7 @@ from flax import traverse_util
 from configs import base
 from dimo_jax import prepare
 from dimo_jax.build import NUM_SEEDS, Experiment, Models
-from dimo_jax.checkpoint import Checkpoints, load_params, quiet_orbax, read_tree
+from dimo_jax.checkpoint import RECORD_FILE, Checkpoints, load_params, quiet_orbax, read_tree
 from dimo_jax.convert import families, files
 from dimo_jax.convert.files import MANIFEST
 from dimo_jax.evaluation.generation import PIXELS_PER_DEVICE
@@ -438,7 +438,7 @@ def read_run(
   given = recipe.config.teacher.path
   if experiment is not None and given not in ("", "random"):  # an older workdir kept no copy
     tokenizer = prepare.load_teacher(experiment, given)[1] or tokenizer
-  record = json.loads((workdir / "distill" / "record.json").read_text(encoding="utf-8"))
+  record = json.loads((workdir / "distill" / RECORD_FILE).read_text(encoding="utf-8"))
   return Run(
     workdir=workdir,
     recipe=recipe,

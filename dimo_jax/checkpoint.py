@@ -47,6 +47,8 @@ ADDED_FIELDS: dict[str, Any] = {
   "train.ema_memory": "device",
 }
 BEST_METRIC = "evaluation/frechet_distance"  # lower is better
+RECORD_FILE = "record.json"  # in a stage's folder: what it depends on
+DAMAGED_FOLDER = "damaged"  # of checkpoints, beside the others
 
 
 class _Manager(ocp.CheckpointManager):
@@ -185,9 +187,11 @@ class Checkpoints:
       self._manager = self._open()
     if step is not None:
       raise UserError(f"checkpoint {step} of {self._directory} cannot be read; take another")
-    if steps:
+    aside = self._directory / DAMAGED_FOLDER
+    if steps or (not self._read_only and from_first(any(aside.glob("*")))):
+      which = f"the checkpoints {steps}" if steps else "the checkpoints"
       raise UserError(
-        f"none of the checkpoints {steps} of {self._directory} can be read; to begin anew move"
+        f"none of {which} of {self._directory} can be read; to begin anew move"
         f" {self._directory.parent} away"
       )
     return None
@@ -199,7 +203,7 @@ class Checkpoints:
       on_first(functools.partial(self._move, path, step))
 
   def _move(self, path: Path, step: int) -> None:
-    target = self._directory / "damaged" / str(step)
+    target = self._directory / DAMAGED_FOLDER / str(step)
     target.parent.mkdir(exist_ok=True)
     for i in range(1, 1000):
       if not target.exists():
@@ -238,6 +242,11 @@ class Checkpoints:
     """Waits for a checkpoint under way."""
     self._manager.wait_until_finished()
     self._manager.close()
+
+
+def finished_steps(directory: Path) -> set[int]:
+  """Steps of a stage's checkpoints, by their final names: orbax renames a whole one."""
+  return {int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()}
 
 
 def check_which(which: str) -> None:
@@ -355,21 +364,19 @@ def check_record(directory: Path, fields: Mapping[str, Any]) -> None:
   """Records what a stage depends on, or compares it with the record of the run begun there.
 
   Raises:
-    UserError: fields differ, and the run has kept something by the old ones; all are named.
+    UserError: fields differ; all of them are named.
   """
   changed = changed_fields(directory, fields)
   refuse_changes(directory, changed)
-  path = directory / "record.json"
-  if is_first() and not (path.exists() and _has_kept(directory.parent)):
+  path = directory / RECORD_FILE
+  if is_first() and not path.exists():
     write_atomically(path, json.dumps(dict(fields), indent=1, sort_keys=True))
 
 
 def changed_fields(directory: Path, fields: Mapping[str, Any]) -> dict[str, str]:
-  """`old -> new` by name, for what differs from the record of a run begun in `directory`; nothing
-  where that run ended before any of its stages kept a checkpoint or parameters.
-  """
-  path = directory / "record.json"
-  if not path.exists() or not _has_kept(directory.parent):
+  """`old -> new` by name, for what differs from the record of a run begun in `directory`."""
+  path = directory / RECORD_FILE
+  if not path.exists():
     return {}
   fields = json.loads(json.dumps(dict(fields)))
   try:
@@ -383,10 +390,6 @@ def changed_fields(directory: Path, fields: Mapping[str, Any]) -> dict[str, str]
     for name in {*recorded, *fields}
     if recorded.get(name) != fields.get(name)
   }
-
-
-def _has_kept(workdir: Path) -> bool:
-  return any(workdir.glob("*/*.safetensors")) or any(workdir.glob("*/checkpoints/[0-9]*"))
 
 
 def refuse_changes(directory: Path, changed: Mapping[str, str]) -> None:

@@ -49,7 +49,7 @@ def guarded(command: Callable[[], None]) -> None:
 
   It looks at `STOP` and saves what it needs to go on, or calls `STOP.at_once`.
   """
-  STOP.install()  # before the long imports: an early Ctrl-C would break into them
+  STOP.install()  # before the imports that are still to come: Ctrl-C would break into them
   keep_freed_memory()
   from dimo_jax.health import RunStopped, disk_is_full
 

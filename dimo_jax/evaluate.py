@@ -364,18 +364,19 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> None:
-  if arguments.protocol in PROTOCOLS:
-    watch.wait_for_classifier(
-      arguments.protocol, _own_workdir(arguments), every_seconds=arguments.every_seconds
-    )
+  workdir, fields = Path(arguments.checkpoint), _fields(arguments.field)
+  period = arguments.every_seconds
+  watch.check_followed(workdir, fields)
+  if arguments.protocol in PROTOCOLS and _own_workdir(arguments) == workdir:
+    watch.wait_for_classifier(arguments.protocol, workdir, fields, every_seconds=period)
   watch.watch(
     _judge(arguments),
-    Path(arguments.checkpoint),
+    workdir,
     arguments.out,
-    every_seconds=arguments.every_seconds,
+    every_seconds=period,
     until=arguments.until,
     tokenizer=arguments.tokenizer,
-    fields=_fields(arguments.field),
+    fields=fields,
   )
 
 

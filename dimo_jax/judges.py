@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from dimo_jax import prepare
@@ -122,14 +123,19 @@ class OwnJudge:
     return {c: frechet_distance(real[c], generated[c]) for c in sorted(real.keys() & generated)}
 
 
-def check_own_protocol(name: str, workdir: Path) -> None:
-  """Raises UserError where a workdir has recorded another protocol, or no config."""
-  recorded = Recipe.load(workdir).config.evaluation.protocol
-  if recorded != name:
+def check_own_protocol(name: str, workdir: Path) -> ml_collections.ConfigDict:
+  """The recorded config of a workdir.
+
+  Raises:
+    UserError: there is none, or it has another protocol.
+  """
+  config = Recipe.load(workdir).config
+  if config.evaluation.protocol != name:
     raise UserError(
-      f"protocol={name!r}: {workdir} was trained with evaluation.protocol={recorded!r}, which is"
-      " what it can be judged by"
+      f"protocol={name!r}: {workdir} was trained with evaluation.protocol="
+      f"{config.evaluation.protocol!r}, which is what it can be judged by"
     )
+  return config
 
 
 def own_judge(
@@ -143,8 +149,7 @@ def own_judge(
   Raises:
     UserError: no config or classifier there, or a training under another protocol.
   """
-  check_own_protocol(name, workdir)
-  config = Recipe.load(workdir).config
+  config = check_own_protocol(name, workdir)
   protocol = PROTOCOLS[name]
   source = load_source(
     config.data.name,

@@ -166,7 +166,9 @@ def _check_writable(workdir: Path) -> None:
 
 def _lock(workdir: Path) -> IO[str]:
   """The open lock file; the lock goes with the process, however it ends."""
-  stream = open(workdir / "lock", "a")  # noqa: SIM115 (closed by the caller)
+  from dimo_jax.recipe import LOCK_FILE
+
+  stream = open(workdir / LOCK_FILE, "a")  # noqa: SIM115 (closed by the caller)
   try:
     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError as error:

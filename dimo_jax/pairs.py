@@ -42,6 +42,7 @@ def make_pairs(
   out = Path(out_text or workdir / "pairs.npz")
   if out.suffix != ".npz":
     raise UserError(f"--out={str(out)!r} must end in .npz")
+  on_first(lambda: prepare.forget_if_fruitless(workdir))
   prepare.check_workdir(experiment, workdir)
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   params, tokenizer_params = train.train_teacher(experiment, workdir, tokenizer_params)

@@ -14,9 +14,12 @@ from flax import traverse_util
 
 from dimo_jax.build import Experiment
 from dimo_jax.checkpoint import (
+  DAMAGED_FOLDER,
+  RECORD_FILE,
   Checkpoints,
   changed_fields,
   check_record,
+  finished_steps,
   load_params,
   params_hash,
   refuse_changes,
@@ -38,6 +41,7 @@ from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.teachers.tokenizers import Tokenizer
 from dimo_jax.teachers.vqgan import RANDOM
+from dimo_jax.trackers import IDS_FILE
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
@@ -355,7 +359,7 @@ def first_stage(experiment: Experiment, teacher: Params) -> FirstStage | None:
 
 def has_checkpoints(directory: Path) -> bool:
   """Whether a stage goes on from a checkpoint, in every process alike."""
-  return bool(from_first(any((directory / "checkpoints").glob("[0-9]*"))))
+  return bool(from_first(bool(finished_steps(directory))))
 
 
 def _find_first_stage(experiment: Experiment, teacher: Params | None) -> tuple[Path, int] | None:
@@ -369,11 +373,11 @@ def _find_first_stage(experiment: Experiment, teacher: Params | None) -> tuple[P
   if not workdir:
     return None
   directory = Path(workdir) / "distill"
-  if not (directory / "checkpoints").is_dir() or not (directory / "record.json").is_file():
+  if not (directory / "checkpoints").is_dir() or not (directory / RECORD_FILE).is_file():
     raise UserError(
       f"train.start_from={workdir!r} holds no distillation; name the workdir of a finished one"
     )
-  record = json.loads((directory / "record.json").read_text(encoding="utf-8"))
+  record = json.loads((directory / RECORD_FILE).read_text(encoding="utf-8"))
   if record.get("objective") != experiment.config.objective:
     raise UserError(
       f"train.start_from={workdir!r} was distilled with objective={record.get('objective')!r};"
@@ -408,6 +412,23 @@ def check_trained(workdir: Path) -> None:
     raise UserError(f"--workdir={str(workdir)!r} holds no training; run --mode=train there first")
 
 
+def forget_if_fruitless(workdir: Path) -> None:
+  """Takes away the records of a run that ended before it kept anything: what begins next in its
+  workdir may be another one. To be called by what writes there, before it looks at the records.
+  """
+  stages = [path.parent for path in workdir.glob(f"*/{RECORD_FILE}")]
+  fruits = ("results.json", "*/*.safetensors", "*/pictures/*", f"*/checkpoints/{DAMAGED_FOLDER}/*")
+  if (
+    any(finished_steps(stage) for stage in stages)
+    or any(path.stat().st_size for path in workdir.glob("*/metrics.jsonl"))
+    or any(any(workdir.glob(pattern)) for pattern in fruits)
+  ):
+    return
+  for stage in stages:
+    for name in (RECORD_FILE, IDS_FILE):
+      (stage / name).unlink(missing_ok=True)
+
+
 def check_workdir(experiment: Experiment, workdir: Path) -> None:
   """What the stages would find one after the other, found before any of them computes.
 
@@ -421,7 +442,7 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
   given = None if path in ("", "random") else load_teacher(experiment, path)[0]
   if not has_checkpoints(workdir / "distill"):  # later it is not needed any more
     _find_first_stage(experiment, given)
-  stages = {"tokenizer": tokenizer_fields(experiment), "distill": distill_fields(experiment)}
+  stages = {"tokenizer": tokenizer_fields(experiment), "distill": distill_fields(experiment, given)}
   if experiment.protocol is not None:
     stages["classifier"] = classifier_fields(experiment)
   if not path:
@@ -429,13 +450,14 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
   changed: dict[str, str] = {}
   for stage, fields in stages.items():
     changed |= changed_fields(workdir / stage, fields)
-  for name in ("teacher.sha256", "tokenizer.sha256"):  # compared once they are there
-    changed.pop(name, None)
+  changed.pop("tokenizer.sha256", None)  # compared once it is there, as is a teacher not given
+  if given is None:
+    changed.pop("teacher.sha256", None)
   refuse_changes(workdir, changed)
 
 
 def tokenizer_fields(experiment: Experiment) -> dict:
-  """What a tokenizer depends on, by flat name, a published one's file by its hash."""
+  """What a tokenizer depends on, by flat name, but for the weights of a published one."""
   return flat_fields(experiment.config, *_DATA, "tokenizer", "seed")
 
 

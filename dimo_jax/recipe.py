@@ -21,7 +21,7 @@ from dimo_jax.teachers.vqgan import CHECKPOINT
 from dimo_jax.types import UnknownName, UserError
 from dimo_jax.writers import write_atomically
 
-CONFIG_FILE = "config.json"  # of a workdir
+CONFIG_FILE, LOCK_FILE = "config.json", "lock"  # of a workdir
 
 
 def parse_field(text: str) -> tuple[str, Any]:

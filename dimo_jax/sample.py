@@ -14,6 +14,7 @@ from dimo_jax.build import NUM_SEEDS, Experiment
 from dimo_jax.convert import files
 from dimo_jax.distributed import on_first
 from dimo_jax.evaluation import pictures
+from dimo_jax.preemption import STOP
 from dimo_jax.recipe import parse_field
 from dimo_jax.types import UserError
 from dimo_jax.writers import say
@@ -142,6 +143,7 @@ def sample_workdir(
 
 
 def _dispatch() -> None:
+  STOP.at_once()
   if not _ARTIFACT.value:
     raise UserError("--artifact is missing; name an export, a workdir or a checkpoint")
   out = Path(_OUT.value)

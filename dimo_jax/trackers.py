@@ -20,9 +20,9 @@ from dimo_jax.distributed import on_first
 from dimo_jax.types import UInt8, UserError, choose
 from dimo_jax.writers import Tracker, write_atomically
 
-__all__ = ["Stage", "check_trackers", "open_trackers"]
+__all__ = ["IDS_FILE", "Stage", "check_trackers", "open_trackers"]
 
-_IDS = "trackers.json"  # in a stage's folder: the id of its run with every service
+IDS_FILE = "trackers.json"  # in a stage's folder: the id of its run with every service
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ _TRACKERS: dict[str, Callable[[Stage], Tracker]] = {"wandb": WeightsAndBiases, "
 
 
 def _ids(stage: Stage) -> dict[str, str]:
-  path = stage.directory / _IDS
+  path = stage.directory / IDS_FILE
   return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -152,7 +152,7 @@ def _run_id(stage: Stage, tracker: str) -> str | None:
 
 
 def _keep_run_id(stage: Stage, tracker: str, run_id: str) -> None:
-  write_atomically(stage.directory / _IDS, json.dumps(_ids(stage) | {tracker: run_id}))
+  write_atomically(stage.directory / IDS_FILE, json.dumps(_ids(stage) | {tracker: run_id}))
 
 
 def check_trackers(names: Sequence[str]) -> None:

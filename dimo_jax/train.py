@@ -13,7 +13,14 @@ from flax import traverse_util
 
 from dimo_jax import prepare
 from dimo_jax.build import Experiment
-from dimo_jax.checkpoint import BEST_METRIC, Checkpoints, check_record, params_hash
+from dimo_jax.checkpoint import (
+  BEST_METRIC,
+  Checkpoints,
+  changed_fields,
+  check_record,
+  params_hash,
+  refuse_changes,
+)
 from dimo_jax.data.pipeline import image_batches
 from dimo_jax.distributed import exists, on_first
 from dimo_jax.evaluation.protocols import Reference
@@ -300,6 +307,7 @@ def make_teacher(
   Returns:
     The teacher's network and tokenizer parameters, and the judge of the student if any.
   """
+  on_first(lambda: prepare.forget_if_fruitless(workdir))
   prepare.check_workdir(experiment, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   run_judge = RunJudge.of(experiment, workdir)
@@ -336,7 +344,9 @@ def restore(
   prepare.check_workdir(experiment, workdir)
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   teacher_params, tokenizer_params = train_teacher(experiment, workdir, tokenizer_params)
-  check_record(directory, prepare.distill_fields(experiment, teacher_params))
+  refuse_changes(
+    directory, changed_fields(directory, prepare.distill_fields(experiment, teacher_params))
+  )
   state = jax.eval_shape(initial_state(experiment, teacher_params))
   checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
   step = checkpoints.find_step(checkpoint)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dimo_jax.checkpoint import RECORD_FILE, finished_steps
 from dimo_jax.convert import files
 from dimo_jax.evaluation import scoring
 from dimo_jax.evaluation.compare import distance_of
@@ -15,11 +16,11 @@ from dimo_jax.generators import load_generator
 from dimo_jax.judges import AnyJudge, check_own_protocol
 from dimo_jax.preemption import STOP
 from dimo_jax.prepare import CLASSIFIER_FILE
-from dimo_jax.recipe import CONFIG_FILE, Recipe
+from dimo_jax.recipe import CONFIG_FILE, LOCK_FILE, Recipe
 from dimo_jax.types import UserError
 from dimo_jax.writers import say, write_atomically
 
-__all__ = ["BEST_FILE", "wait_for_classifier", "watch"]
+__all__ = ["BEST_FILE", "check_followed", "wait_for_classifier", "watch"]
 
 BEST_FILE = "best.json"  # the only file that a watch writes in a training's folder
 
@@ -53,11 +54,9 @@ def watch(
     UserError: no such fields, no training there, or one that is not for the judge's protocol.
     Preempted: a signal came.
   """
-  _check_folder(workdir)
-  workdir = workdir.resolve()  # the rows name it
   fields = dict(fields or {})
-  if (workdir / CONFIG_FILE).exists():
-    Recipe.load(workdir).override(fields)  # refuses before anything is computed
+  check_followed(workdir, fields)
+  workdir = workdir.resolve()  # the rows name it
   asked = {"checkpoint": str(workdir), "fields": fields, "tokenizer": tokenizer or None}
   copies = out.with_name(f"{out.name}.checkpoints")
   skipped: set[int] = set()
@@ -69,7 +68,7 @@ def watch(
     watched = {**asked, "record_sha256": training}
     rows = _rows_of(out, {**judge.identity, **watched})
     done = {row["step"] for row in rows}
-    for step in sorted(_finished_steps(workdir) - done - skipped):
+    for step in sorted(finished_steps(workdir / "distill") - done - skipped):
       copy = copies / str(step)
       if not _copy_checkpoint(workdir, step, copy):
         continue
@@ -94,7 +93,8 @@ def watch(
     end = until
     if end is None and (workdir / CONFIG_FILE).exists():
       last = Recipe.load(workdir).config.train.num_steps
-      end = last if last in _finished_steps(workdir) else 0  # rows may be of a run before this one
+      # Rows may be of a run before this one.
+      end = last if last in finished_steps(workdir / "distill") else 0
     if end and any(step >= end for step in seen):
       return
     if seen != waiting:
@@ -103,29 +103,38 @@ def watch(
     _wait(every_seconds)
 
 
-def wait_for_classifier(protocol: str, workdir: Path, *, every_seconds: float) -> None:
+def check_followed(workdir: Path, fields: Mapping[str, Any]) -> None:
+  """Raises UserError where a folder is no training's, or the training has no such fields; one that
+  is still empty may become one.
+  """
+  if not workdir.is_dir():
+    raise UserError(f"{str(workdir)!r} is no folder; watch follows a training's workdir")
+  if files.export_folder(workdir) is not None:
+    raise UserError(f"{str(workdir)!r} is an export; watch follows a training's workdir")
+  if (workdir / CONFIG_FILE).exists():
+    Recipe.load(workdir).override(dict(fields))
+  elif any(path.name != LOCK_FILE for path in workdir.iterdir()):
+    raise UserError(f"{str(workdir)!r} holds other files and no {CONFIG_FILE}: it is no workdir")
+
+
+def wait_for_classifier(
+  protocol: str, workdir: Path, fields: Mapping[str, Any], *, every_seconds: float
+) -> None:
   """Returns once a training has the classifier of its own protocol, which it makes at its start.
 
   Raises:
-    UserError: no such folder, an export, or a training under another protocol.
+    UserError: as `check_followed`, or a training under another protocol.
     Preempted: a signal came.
   """
-  _check_folder(workdir)
   said = False
   while not (workdir / CLASSIFIER_FILE).exists():
+    check_followed(workdir, fields)
     if (workdir / CONFIG_FILE).exists():
       check_own_protocol(protocol, workdir)
     if not said:
       say(f"watch: waits for {workdir / CLASSIFIER_FILE}, which the training makes at its start")
       said = True
     _wait(every_seconds)
-
-
-def _check_folder(workdir: Path) -> None:
-  if not workdir.is_dir():
-    raise UserError(f"{str(workdir)!r} is no folder; watch follows a training's workdir")
-  if files.export_folder(workdir) is not None:
-    raise UserError(f"{str(workdir)!r} is an export; watch follows a training's workdir")
 
 
 def _wait(seconds: float) -> None:
@@ -150,14 +159,8 @@ def _rows_of(out: Path, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _record_hash(workdir: Path) -> str | None:
   """SHA-256 of a distillation's record: another training in the same folder has another one."""
-  record = workdir / "distill" / "record.json"
+  record = workdir / "distill" / RECORD_FILE
   return hashlib.sha256(record.read_bytes()).hexdigest() if record.exists() else None
-
-
-def _finished_steps(workdir: Path) -> set[int]:
-  """Checkpoints under their final names: orbax renames a whole one."""
-  folder = workdir / "distill" / "checkpoints"
-  return {int(path.name) for path in folder.glob("*") if path.name.isdigit()}
 
 
 def _copy_checkpoint(workdir: Path, step: int, copy: Path) -> bool:
@@ -172,12 +175,12 @@ def _copy_checkpoint(workdir: Path, step: int, copy: Path) -> bool:
   try:
     shutil.copytree(workdir / checkpoint, temporary / checkpoint)
     whole = _files(workdir / checkpoint) == _files(temporary / checkpoint)
-    for path in (Path(CONFIG_FILE), Path("distill", "record.json")):
+    for path in (Path(CONFIG_FILE), Path("distill", RECORD_FILE)):
       shutil.copy2(workdir / path, temporary / path)
     if (workdir / "tokenizer").is_dir():
       shutil.copytree(workdir / "tokenizer", temporary / "tokenizer")
   except (FileNotFoundError, shutil.Error) as error:
-    for path in (workdir / CONFIG_FILE, workdir / "distill" / "record.json"):
+    for path in (workdir / CONFIG_FILE, workdir / "distill" / RECORD_FILE):
       if not path.exists():
         raise UserError(f"{workdir} is no training's workdir: it has no {path.name}") from error
     whole = False

@@ -74,38 +74,20 @@ def test_fields_that_an_older_record_lacks_had_their_first_value(tmp_path):
   flat = traverse_util.flatten_dict(base.get_config().to_dict(), sep=".")
   assert set(flat) >= set(checkpoint.ADDED_FIELDS)
   recorded = {"seed": 0, "train.num_steps": 5}
-  stage = _begun_stage(tmp_path, recorded, kept="teacher/checkpoints/100/x")
+  (tmp_path / "record.json").write_text(json.dumps(recorded))
   same = recorded | {"train.ema_memory": "device", "log.profile_steps": ()}
-  assert checkpoint.changed_fields(stage, same) == {}
+  assert checkpoint.changed_fields(tmp_path, same) == {}
   other = same | {"train.ema_memory": "host", "objective": "dmd2"}
-  assert checkpoint.changed_fields(stage, other) == {
+  assert checkpoint.changed_fields(tmp_path, other) == {
     "train.ema_memory": "'device' -> 'host'",
     "objective": "None -> 'dmd2'",
   }
 
 
-def _begun_stage(workdir, recorded, kept=None):
-  stage = workdir / "distill"
-  stage.mkdir()
-  (stage / "record.json").write_text(json.dumps(recorded))
-  if kept:
-    (workdir / kept).parent.mkdir(parents=True)
-    (workdir / kept).write_bytes(b"")
-  return stage
-
-
-@pytest.mark.parametrize("kept", ["classifier/a.safetensors", "distill/checkpoints/2/x"])
-def test_what_was_kept_binds_the_run_to_its_record(kept, tmp_path):
-  stage = _begun_stage(tmp_path, {"seed": 0}, kept)
-  with pytest.raises(UserError, match="begun with another config: seed 0 -> 1"):
-    checkpoint.check_record(stage, {"seed": 1})
-  assert json.loads((stage / "record.json").read_text()) == {"seed": 0}
-
-
-def test_a_run_that_kept_nothing_may_begin_with_another_config(tmp_path):
-  stage = _begun_stage(tmp_path, {"seed": 0})
-  checkpoint.check_record(stage, {"seed": 1})
-  assert json.loads((stage / "record.json").read_text()) == {"seed": 1}
+def test_what_orbax_has_not_renamed_is_no_checkpoint(tmp_path):
+  for name in ("6", "12.orbax-checkpoint-tmp", "damaged"):
+    (tmp_path / "checkpoints" / name).mkdir(parents=True)
+  assert checkpoint.finished_steps(tmp_path) == {6}
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027])

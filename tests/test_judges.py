@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from dimo_jax import artifacts, evaluate, generators, judges
+from dimo_jax import artifacts, evaluate, generators, judges, watch
 from dimo_jax.checkpoint import params_hash
 from dimo_jax.evaluation import report, scoring
+from dimo_jax.preemption import Preempted
 from dimo_jax.types import UserError
 from tests import commands
 
@@ -67,7 +68,7 @@ class Recorded:
     return np.resize(self.images[start : start + len(labels)], (len(labels), 8, 8, 1))
 
 
-def test_whole_batches_are_made_and_the_first_images_judged(workdir, tmp_path):
+def test_whole_batches_are_made_and_the_first_images_judged(workdir, tmp_path, capsys):
   judge = judges.own_judge("debug", workdir, 40)  # three batches for 96 images
   labels = judge.reference.protocol.labels(judge.labels)
   levels = np.random.default_rng(0).integers(0, 256, (96, 8, 8, 1), np.uint8)
@@ -76,6 +77,9 @@ def test_whole_batches_are_made_and_the_first_images_judged(workdir, tmp_path):
   for images in (floats, levels):
     row = judge.evaluate(Recorded(images), tmp_path / "results.jsonl", {})
     assert {name: row[name] for name in expected} == expected
+    assert f"recorded: debug: Fréchet distance {row['frechet_distance']:.4g}, " in (
+      capsys.readouterr().out
+    )
 
 
 def test_a_row_without_its_classes_is_not_enough(workdir, tmp_path):
@@ -152,6 +156,9 @@ def test_what_has_its_row_is_not_computed_again(workdir, tmp_path, monkeypatch):
     ("sweep W --protocol=debug --out=x --field=sampling.temperature=3 --values=1", "--field: none"),
     ("sweep W --protocol=debug --out=x --values=1", "--field: none without a value"),
     ("watch W --protocol=debug --out=x --field=sampling.temp=1", "sampling.temp=1: no such field"),
+    ("watch none --protocol=debug --out=x --classifier_from=W", "'none' is no folder; watch"),
+    ("watch W --protocol=debug --out=x --classifier_from=none", "'none' has none: name the run's"),
+    ("watch W --protocol=digits --out=x", "was trained with evaluation.protocol='debug'"),
     ("stats --source=web --path=W --protocol=edm-imagenet64 --out=x", "source='web' is unknown"),
     ("stats --source=npz --path=W --protocol=edm-imagenet64 --out=x", "is no npz"),
     ("images W --protocol=edm-imagenet64", "--out"),
@@ -172,6 +179,20 @@ def test_bad_commands_are_one_line(workdir, arguments, message, tmp_path, monkey
     run(*words)
   assert message in str(error.value) and "\n" not in str(error.value)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_watch_of_a_run_waits_for_its_classifier(workdir, tmp_path, monkeypatch):
+  waited = []
+
+  def wait(protocol, folder, fields, *, every_seconds):
+    waited.append((protocol, folder, fields, every_seconds))
+    raise Preempted
+
+  monkeypatch.setattr(watch, "wait_for_classifier", wait)
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(Preempted):
+    run("watch", tmp_path / "empty", "--protocol=debug", "--out=x", "--every_seconds=2")
+  assert waited == [("debug", tmp_path / "empty", {}, 2.0)]
 
 
 @pytest.mark.parametrize("out", ["file/page.html", "."])

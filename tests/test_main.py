@@ -18,8 +18,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from configs import debug
-from dimo_jax import build, cli, main, prepare, train
+from dimo_jax import build, checkpoint, cli, main, prepare, train
 from dimo_jax.health import RunStopped
+from dimo_jax.types import UserError
 from tests import commands
 
 CONFIG = f"--config={commands.ROOT}/configs/debug.py"
@@ -291,6 +292,7 @@ def test_another_teacher_is_not_put_under_a_distillation(command, reference, tmp
   code, _, err = command(*commands.TINY, f"--workdir={workdir}", f"--config.teacher.path={teacher}")
   assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
   assert "teacher.sha256" in err and " -> " in err
+  assert not (workdir / "tokenizer" / "given.safetensors").exists()  # would decode the student
 
 
 def test_a_cosine_cannot_be_stretched(command, reference, tmp_path):
@@ -347,6 +349,9 @@ def test_nothing_begins_anew_where_every_checkpoint_is_damaged(command, referenc
       path.write_bytes(b"")
   before = (workdir / "distill" / "metrics.jsonl").read_bytes()
   code, _, err = command(*commands.TINY, f"--workdir={workdir}")
+  assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
+  assert "none of the checkpoints" in err and "to begin anew move" in err
+  code, _, err = command(*commands.TINY, f"--workdir={workdir}")  # they lie in another folder now
   assert (code, err.count("\n")) == (cli.BAD_INPUT, 1), err
   assert "none of the checkpoints" in err and "to begin anew move" in err
   assert (workdir / "distill" / "metrics.jsonl").read_bytes() == before
@@ -497,10 +502,51 @@ def test_a_teacher_alone_is_that_of_a_whole_run(teacher_alone, reference):
   assert not (workdir / "distill").exists() and not (workdir / "results.json").exists()
 
 
+def begun(workdir, *stages):
+  """Records of stages that ended as they began."""
+  for stage in stages:
+    (workdir / stage / "checkpoints").mkdir(parents=True)
+    (workdir / stage / "record.json").write_text('{"seed": 99}')
+    (workdir / stage / "trackers.json").write_text("{}")
+    (workdir / stage / "metrics.jsonl").touch()
+
+
+def test_a_run_that_kept_nothing_is_forgotten(tmp_path):
+  begun(tmp_path, "teacher", "distill")
+  (tmp_path / "distill" / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+  prepare.forget_if_fruitless(tmp_path)
+  assert not [*tmp_path.rglob("record.json"), *tmp_path.rglob("trackers.json")]
+  with pytest.raises(UserError, match="seed 1 -> 2"):  # now as ever
+    for seed in (1, 2):
+      checkpoint.check_record(tmp_path / "teacher", {"seed": seed})
+
+
+@pytest.mark.parametrize(
+  "kept",
+  [
+    "results.json",
+    "classifier/classifier.safetensors",
+    "teacher/checkpoints/6/default",
+    "distill/checkpoints/damaged/6",
+    "distill/metrics.jsonl",
+    "distill/pictures/step_000000.png",
+  ],
+)
+def test_a_run_that_kept_something_is_not_forgotten(kept, tmp_path):
+  begun(tmp_path, "teacher", "distill")
+  (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
+  (tmp_path / kept).write_text("{}")
+  prepare.forget_if_fruitless(tmp_path)
+  assert len([*tmp_path.rglob("record.json"), *tmp_path.rglob("trackers.json")]) == 4
+
+
 @pytest.fixture(scope="module")
 def without_teacher(tmp_path_factory):
-  """(workdir, stdout) of two steps from random weights."""
+  """(workdir, stdout) of two steps from random weights, where a run by another config has begun
+  and kept nothing.
+  """
   workdir = tmp_path_factory.mktemp("random") / "run"
+  begun(workdir, "distill", "teacher")
   arguments = (
     "--config.teacher.path=random",
     "--config.evaluation.protocol=none",

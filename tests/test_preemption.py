@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dimo_jax import benchmark, export, main
+from dimo_jax import benchmark, export, main, sample
 from dimo_jax.convert import __main__ as convert
 from dimo_jax.preemption import STOP
 from tests.commands import ROOT
@@ -66,8 +66,8 @@ with STOP.unfinished(Path({str(tmp_path / "unfinished")!r})):
 
 @pytest.mark.parametrize(
   "command",
-  [benchmark.dispatch, export._dispatch, main._plan, convert._run],
-  ids=["benchmark", "export", "plan", "convert"],
+  [benchmark.dispatch, export._dispatch, main._plan, sample._dispatch, convert._run],
+  ids=["benchmark", "export", "plan", "sample", "convert"],
 )
 def test_commands_that_keep_nothing(command, monkeypatch):
   class Asked(Exception):
@@ -92,13 +92,21 @@ def test_an_early_interrupt_ends_the_imports(command):
   assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
 
 
-@pytest.mark.parametrize("option", ["-c", "-m"])
-def test_a_program_that_imports_this_package_keeps_its_interrupts(option, tmp_path):
+@pytest.mark.parametrize(
+  "words",
+  [
+    ["-c", "import other"],
+    ["-m", "other.tool"],
+    ["-m", "other.tool", "-m", "dimo_jax.main"],
+  ],
+  ids=["program", "module", "launcher"],
+)
+def test_a_program_that_imports_this_package_keeps_its_interrupts(words, tmp_path):
   lines = "import dimo_jax, signal\nprint(signal.getsignal(signal.SIGINT).__name__)\n"
   (tmp_path / "other").mkdir()
   (tmp_path / "other" / "__init__.py").write_text(lines)
   (tmp_path / "other" / "tool.py").write_text("")
-  command = [sys.executable, option, "other.tool" if option == "-m" else lines]
   environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+  command = [sys.executable, *words]
   result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
   assert result.stdout == "default_int_handler\n"

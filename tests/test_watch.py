@@ -13,7 +13,7 @@ from dimo_jax.evaluation import scoring
 from dimo_jax.generators import load_generator
 from dimo_jax.judges import OwnJudge, own_judge
 from dimo_jax.prepare import CLASSIFIER_FILE
-from dimo_jax.recipe import CONFIG_FILE
+from dimo_jax.recipe import CONFIG_FILE, LOCK_FILE
 from dimo_jax.types import UserError
 from tests import commands
 
@@ -101,29 +101,46 @@ def test_a_watch_refuses_what_is_no_training(workdir, tmp_path):
 
 
 def test_a_watch_waits_for_the_classifier(workdir, tmp_path, monkeypatch, capsys):
-  parts, missing = [CONFIG_FILE, CLASSIFIER_FILE], tmp_path / "training"
-  (missing / "classifier").mkdir(parents=True)
+  parts, missing = [LOCK_FILE, CONFIG_FILE, CLASSIFIER_FILE], tmp_path / "training"
+  missing.mkdir()
   asleep = []
 
   def sleep(seconds):
     asleep.append(seconds)
+    (missing / parts[0]).parent.mkdir(exist_ok=True)
     shutil.copy2(workdir / parts[0], missing / parts.pop(0))
 
   monkeypatch.setattr(time, "sleep", sleep)
-  watch.wait_for_classifier("debug", missing, every_seconds=0.5)
-  assert asleep == [0.5, 0.5] and (missing / CLASSIFIER_FILE).exists()
+  watch.wait_for_classifier("debug", missing, {}, every_seconds=0.5)
+  assert asleep == [0.5, 0.5, 0.5] and (missing / CLASSIFIER_FILE).exists()
   assert capsys.readouterr().out.count("which the training makes at its start") == 1
 
 
-def test_a_watch_does_not_wait_for_what_never_comes(workdir, tmp_path):
-  with pytest.raises(UserError, match=r"nowhere' is no folder; watch follows a training's workdir"):
-    watch.wait_for_classifier("debug", tmp_path / "nowhere", every_seconds=0.0)
-  shutil.copy2(workdir / CONFIG_FILE, tmp_path)
-  with pytest.raises(UserError, match=r"was trained with evaluation\.protocol='debug'"):
-    watch.wait_for_classifier("digits", tmp_path, every_seconds=0.0)
-  (tmp_path / MANIFEST).write_text("{}")
-  with pytest.raises(UserError, match="is an export; watch follows"):
-    watch.watch(own_judge("debug", workdir), tmp_path, tmp_path / "out.jsonl", every_seconds=0.0)
+@pytest.mark.parametrize(
+  ("files", "fields", "message"),
+  [
+    (None, {}, "' is no folder; watch follows a training's workdir"),
+    ([MANIFEST], {}, "' is an export; watch follows a training's workdir"),
+    (["digits"], {}, "' holds other files and no config.json: it is no workdir"),
+    ([CONFIG_FILE], {}, "was trained with evaluation.protocol='debug', which is what"),
+    ([CONFIG_FILE], {"sampling.temp": 1}, "sampling.temp=1: no such field"),
+  ],
+  ids=["missing", "export", "other", "protocol", "field"],
+)
+def test_a_watch_does_not_wait_for_what_never_comes(files, fields, message, workdir, tmp_path):
+  folder = tmp_path / "run"
+  for name in files or []:
+    folder.mkdir()
+    (folder / name).write_bytes((workdir / CONFIG_FILE).read_bytes())
+  with pytest.raises(UserError) as error:
+    watch.wait_for_classifier("digits", folder, fields, every_seconds=0.0)
+  assert message in str(error.value)
+  if "protocol" not in message:
+    with pytest.raises(UserError) as error:
+      watch.watch(
+        own_judge("debug", workdir), folder, tmp_path / "x", every_seconds=0.0, fields=fields
+      )
+    assert message in str(error.value)
 
 
 def test_a_copy_of_an_earlier_training_is_made_again(tmp_path):

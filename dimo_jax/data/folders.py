@@ -1,5 +1,6 @@
 """Image files in one folder for each class."""
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,14 +115,19 @@ def _split_folder(path: str, names: Sequence[str]) -> str:
 
 
 def holds_classes(path: str) -> bool:
-  """Whether images lie in folders of the folder, which are none of the splits'."""
-  splits = {name for names in FOLDERS.values() for name in names}
-  return any(
-    file.lower().endswith(EXTENSIONS)
-    for name in _visible(path, os.DirEntry.is_dir)
-    if name not in splits
-    for file in _visible(os.path.join(path, name), os.DirEntry.is_file)
-  )
+  """Whether it is a folder of folders with images, none of which is called as a split is."""
+  try:
+    folders = _visible(path, os.DirEntry.is_dir)
+  except OSError:
+    return False
+  if set(folders) & {name for names in FOLDERS.values() for name in names}:
+    return False
+  for folder in folders:
+    with contextlib.suppress(OSError):
+      files = _visible(os.path.join(path, folder), os.DirEntry.is_file)
+      if any(file.lower().endswith(EXTENSIONS) for file in files):
+        return True
+  return False
 
 
 def _visible(folder: str, wanted: Callable[[os.DirEntry], bool]) -> list[str]:

@@ -195,9 +195,11 @@ def _place(source: str, split: str) -> str:
   for name in PLACES[split]:
     if os.path.exists(os.path.join(source, name)):
       return os.path.join(source, name)
-  hint = _of_tars(source)
+  hint, train = _of_tars(source), os.path.join(source, "train")
   if not hint and holds_classes(source):
     hint = "; it holds folders of images: --val_fraction=0.1 divides each"
+  elif not hint and split != "train" and holds_classes(train):
+    hint = f"; to divide the classes of train: --source={train} --val_fraction=0.1"
   raise UserError(f"--source={source!r} must hold one of {', '.join(PLACES[split])}{hint}")
 
 

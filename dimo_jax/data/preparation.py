@@ -68,6 +68,7 @@ def prepare(
   folder = Path(out)
   _check_arguments(source, out, size, num_workers, val_fraction)
   settings: dict[str, Any] = {"format": FORMAT, "size": size, "images_per_shard": images_per_shard}
+  settings |= {"val_fraction": val_fraction} if val_fraction else {}
   _check_settings(folder, out, settings)
   print(f"listing {source}", flush=True)
   listing = list_source(source, labels_path, val_fraction)
@@ -231,22 +232,22 @@ def _run(shards: dict[str, Shard], num_workers: int, keep: Callable[[str, Record
   context = multiprocessing.get_context("spawn")  # threads of libraries do not survive a fork
   with ProcessPoolExecutor(num_workers, context, initializer=_start_worker) as pool:
     while True:
-      if STOP.signal is None:
-        with _interrupts_held():
-          for name, shard in itertools.islice(queue, num_workers - len(running)):
-            running[pool.submit(write_shard, shard)] = name
-      if not running:
-        return
-      finished, _ = wait(running, return_when=FIRST_COMPLETED)
-      for future in finished:
-        try:
+      try:
+        if STOP.signal is None:
+          with _interrupts_held():
+            for name, shard in itertools.islice(queue, num_workers - len(running)):
+              running[pool.submit(write_shard, shard)] = name
+        if not running:
+          return
+        finished, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in sorted(finished, key=lambda future: future.exception() is not None):
           keep(running.pop(future), future.result())
-        except BrokenProcessPool as error:
-          STOP.raise_if_set()  # the signal was for all of them
-          raise RunStopped(
-            "a worker was killed, perhaps for want of memory; run the same command again, with"
-            " fewer --workers"
-          ) from error
+      except BrokenProcessPool as error:
+        STOP.raise_if_set()  # the signal was for all of them
+        raise RunStopped(
+          "a worker was killed, perhaps for want of memory; run the same command again, with"
+          " fewer --workers"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Labelled images by index: one small protocol, and a registry by config name."""
 
 import functools
+import hashlib
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ __all__ = [
   "Source",
   "load_pairs",
   "load_source",
+  "pixels_sha256",
 ]
 
 SPLITS = ("train", "test")
 _NUM_NOISE_IMAGES = 50_000
+_NUM_COMPARED = 64  # images
 
 
 @runtime_checkable
@@ -278,3 +281,11 @@ SOURCES = {
   "folder": Row(load_folder, ("path", "image_size")),
   "tfds": Row(load_tfds, ("path", "image_size", "tfds_name")),
 }
+
+
+def pixels_sha256(source: Source) -> str:
+  """Of the pixels of some images of a source, evenly spaced."""
+  digest = hashlib.sha256()
+  for index in np.linspace(0, len(source) - 1, min(len(source), _NUM_COMPARED), dtype=int):
+    digest.update(source[int(index)]["image"].tobytes())
+  return digest.hexdigest()

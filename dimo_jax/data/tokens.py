@@ -9,14 +9,13 @@ from typing import Any, SupportsIndex
 import numpy as np
 from jaxtyping import Int32
 
-from dimo_jax.data.sources import Source
+from dimo_jax.data.sources import Source, pixels_sha256
 from dimo_jax.types import UserError
 
 __all__ = ["MANIFEST", "TOKENS", "TokenSource", "describe", "load_tokens", "read_manifest"]
 
 FORMAT = 2
 TOKENS, MANIFEST = "tokens.npy", "tokens.json"
-_NUM_COMPARED = 64  # images
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,15 +46,12 @@ def describe(
   """What codes depend on, as their manifest has it; images are known by their number, their classes
   and the pixels of some of them, evenly spaced.
   """
-  pixels = hashlib.sha256()
-  for index in np.linspace(0, len(source) - 1, min(len(source), _NUM_COMPARED), dtype=int):
-    pixels.update(source[int(index)]["image"].tobytes())
   return {
     "format": FORMAT,
     "num_images": len(source),
     "num_tokens": num_tokens,
     "labels_sha256": hashlib.sha256(source.labels.tobytes()).hexdigest(),
-    "images_sha256": pixels.hexdigest(),
+    "images_sha256": pixels_sha256(source),
     "tokenizer_sha256": tokenizer_sha256,
     "compute_dtype": compute_dtype,
   }

@@ -18,7 +18,7 @@ from PIL import Image
 
 from dimo_jax.data.folders import EXTENSIONS
 from dimo_jax.data.images import decode_image
-from dimo_jax.data.sources import Source
+from dimo_jax.data.sources import Source, pixels_sha256
 from dimo_jax.evaluation.references import read_arrays
 from dimo_jax.types import Int, UInt8, UserError
 
@@ -268,5 +268,7 @@ class SourceImages:
     return np.round((images + 1) * 127.5).astype(np.uint8)
 
   def fingerprint(self) -> str:
-    """Over the name and the classes."""
-    return hashlib.sha256(self.name.encode() + np.asarray(self.labels).tobytes()).hexdigest()
+    """Over the name, the classes and the pixels of some images."""
+    digest = hashlib.sha256(self.name.encode() + np.asarray(self.labels).tobytes())
+    digest.update(pixels_sha256(self.source).encode())
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ import numpy as np
 from dimo_jax.evaluation import features, metrics
 from dimo_jax.types import Array, Float, Int, UserError
 
-__all__ = ["PROTOCOLS", "Protocol", "Reference", "evaluate_images"]
+__all__ = ["PROTOCOLS", "Protocol", "Reference"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,21 +141,6 @@ class Reference:
       "num_distinct": metrics.num_distinct(images),
       "num_images": len(images),
     }
-
-
-def evaluate_images(
-  protocol: Protocol,
-  classifier: features.Classifier,
-  reference_images: np.ndarray | Array,
-  reference_labels: np.ndarray | Array,
-  images: np.ndarray | Array,
-  labels: np.ndarray | Array,
-  tokens: np.ndarray | Array | None = None,
-  codebook_size: int | None = None,
-) -> dict[str, float | int | None]:
-  """`Reference.evaluate` for one set of images; for several, keep one `Protocol.reference`."""
-  reference = protocol.reference(classifier, reference_images, reference_labels)
-  return reference.evaluate(images, labels, tokens, codebook_size)
 
 
 def _check(

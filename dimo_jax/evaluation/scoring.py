@@ -122,7 +122,7 @@ def say_row(name: str, row: Mapping[str, Any], path: Path) -> None:
   """A console line: the numbers of a row of the file `path`, and what of them is unverified."""
   numbers = ", ".join(f"{title} {row[key]:.4g}" for key, title in _SAID if row.get(key) is not None)
   step, swept, unverified = (row.get(key) for key in ("step", "sweep", "unverified"))
-  of = f", checkpoint {step}" if step is not None else ""
+  of = f", step {step}" if step is not None else ""
   of += f", {swept['field']}={swept['value']:g}" if swept else ""
   doubts = [f"with {key}={value}" for key, value in row.get("departures", {}).items()]
   doubts += [f"unverified: {', '.join(unverified)}"] if unverified else []

@@ -80,11 +80,13 @@ def gaussian_distance(a, b):
   return np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
 
 
-def test_a_row_has_the_numbers_and_what_they_depend_on(tmp_path, statistics):
+def test_a_row_has_the_numbers_and_what_they_depend_on(tmp_path, statistics, capsys):
   images = save_npz(tmp_path / "fake.npz", levels(2))
   out = tmp_path / "results.jsonl"
   row = jobs.evaluate_images(judge(statistics), image_sets.open_images(images), out)
   assert [json.loads(line) for line in out.read_text().splitlines()] == [row]
+  said = f"{images}: tiny (unverified: statistics): FID {row['fid']:.4g}, sFID {row['sfid']:.4g}, "
+  assert capsys.readouterr().out.splitlines()[-1].startswith(said)
   a, b = (
     features(levels(seed, num).astype(np.float64), "2048") for seed, num in ((1, 150), (2, NUM))
   )

@@ -32,8 +32,7 @@ from dimo_jax.evaluation import scoring
         "step": 500,
         "sweep": {"field": "sampling.temperature", "value": 3.0},
       },
-      "student, checkpoint 500, sampling.temperature=3: digits: Fréchet distance 3; row in"
-      " out.jsonl",
+      "student, step 500, sampling.temperature=3: digits: Fréchet distance 3; row in out.jsonl",
     ),
   ],
 )
