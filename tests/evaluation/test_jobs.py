@@ -11,6 +11,7 @@ from PIL import Image
 from scipy import linalg
 
 from dimo_jax import types
+from dimo_jax.data.sources import ArraySource
 from dimo_jax.evaluation import extraction, image_sets, jobs, published, references
 from dimo_jax.preemption import Preempted
 from dimo_jax.sharding import make_mesh
@@ -78,6 +79,16 @@ def gaussian_distance(a, b):
   """The textbook formula, by scipy's matrix square root."""
   root = linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
   return np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+
+
+def test_images_of_a_data_set_are_known_by_their_pixels():
+  """Partial sums over those of another folder must not be gone on with."""
+  labels = np.zeros(9, np.int32)
+  one, same, other = (
+    image_sets.SourceImages(ArraySource(levels(seed, 9), labels, 1, 256), "data train")
+    for seed in (1, 1, 2)
+  )
+  assert one.fingerprint() == same.fingerprint() != other.fingerprint()
 
 
 def test_a_row_has_the_numbers_and_what_they_depend_on(tmp_path, statistics, capsys):
