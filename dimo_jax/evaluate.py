@@ -28,7 +28,7 @@ from dimo_jax.evaluation.published import PUBLISHED, PublishedProtocol
 from dimo_jax.evaluation.references import read_reference
 from dimo_jax.evaluation.report import console_table, versions, write_report
 from dimo_jax.hooks import evaluate_sampler, sampling_network
-from dimo_jax.recipe import parse_field
+from dimo_jax.recipe import CONFIG_FILE, parse_field
 from dimo_jax.remote import local_path
 from dimo_jax.run_judge import RunJudge
 from dimo_jax.samplers import Sampler, plain_settings
@@ -272,9 +272,11 @@ def _judge(arguments: argparse.Namespace) -> judges.AnyJudge:
     return _published(arguments)
   workdir = _own_workdir(arguments)
   if not (workdir / prepare.CLASSIFIER_FILE).exists():
+    if (workdir / CONFIG_FILE).exists():
+      judges.check_own_protocol(arguments.protocol, workdir)
     raise UserError(
       f"protocol={arguments.protocol!r} needs a run's classifier, and {str(workdir)!r} has none:"
-      " name the run's workdir with --classifier_from"
+      " name the workdir of a run with that protocol by --classifier_from"
     )
   return judges.own_judge(
     arguments.protocol, workdir, arguments.batch_size, per_class=arguments.per_class
@@ -359,7 +361,10 @@ def _sweep(arguments: argparse.Namespace) -> None:
   def load(value: float) -> generators.AnyGenerator:
     return _load(arguments, {**fixed, swept[0]: value})
 
-  load(values[0])  # a mistyped field shows before anything is computed
+  # A field that is mistyped, or means nothing to the network, shows before anything is computed.
+  settings = [load(value).settings for value in sorted(set(values))[:2]]
+  if len(settings) == 2 and settings[0] == settings[1]:
+    raise UserError(f"--field={swept[0]} changes nothing in how {arguments.checkpoint} is sampled")
   judges.sweep(_judge(arguments), load, swept[0], values, arguments.out)
 
 

@@ -130,10 +130,11 @@ def check_own_protocol(name: str, workdir: Path) -> ml_collections.ConfigDict:
     UserError: there is none, or it has another protocol.
   """
   config = Recipe.load(workdir).config
-  if config.evaluation.protocol != name:
+  own = config.evaluation.protocol
+  if own != name:
+    meant = "and has no classifier to be judged by" if own == "none" else "which can judge it"
     raise UserError(
-      f"protocol={name!r}: {workdir} was trained with evaluation.protocol="
-      f"{config.evaluation.protocol!r}, which is what it can be judged by"
+      f"protocol={name!r}: {workdir} was trained with evaluation.protocol={own!r}, {meant}"
     )
   return config
 
@@ -188,7 +189,8 @@ def evaluate_once(
   row = scoring.find_row(out, key | {"sampler": dict(generator.settings)})
   per_class = isinstance(judge, OwnJudge) and judge.per_class
   if row is not None and (not per_class or "per_class" in row):
-    say(f"{generator.name}: {out} has its row, distance {distance_of(row):.4f}")
+    title = scoring.title_of(generator.name, row)
+    say(f"{title}: {out} has its row, distance {distance_of(row):.4f}")
     return row
   return judge.evaluate(generator, out, source)
 

@@ -155,9 +155,16 @@ def test_what_has_its_row_is_not_computed_again(workdir, tmp_path, monkeypatch):
     ("sweep W --protocol=debug --out=x --field=sampling.temperature --values=", "values=''"),
     ("sweep W --protocol=debug --out=x --field=sampling.temperature=3 --values=1", "--field: none"),
     ("sweep W --protocol=debug --out=x --values=1", "--field: none without a value"),
+    (
+      "sweep W --protocol=debug --out=x --field=train.ema_decay --values=0.5,0.9",
+      "--field=train.ema_decay changes nothing in how",
+    ),
     ("watch W --protocol=debug --out=x --field=sampling.temp=1", "sampling.temp=1: no such field"),
     ("watch none --protocol=debug --out=x --classifier_from=W", "'none' is no folder; watch"),
-    ("watch W --protocol=debug --out=x --classifier_from=none", "'none' has none: name the run's"),
+    (
+      "watch W --protocol=debug --out=x --classifier_from=none",
+      "'none' has none: name the workdir",
+    ),
     ("watch W --protocol=digits --out=x", "was trained with evaluation.protocol='debug'"),
     ("stats --source=web --path=W --protocol=edm-imagenet64 --out=x", "source='web' is unknown"),
     ("stats --source=npz --path=W --protocol=edm-imagenet64 --out=x", "is no npz"),
@@ -166,7 +173,7 @@ def test_what_has_its_row_is_not_computed_again(workdir, tmp_path, monkeypatch):
     ("images W --protocol=fid --out=x", "protocol='fid' is unknown"),
     (
       "checkpoint W --protocol=debug --classifier_from=nowhere --out=x",
-      "'nowhere' has none: name the run's workdir with --classifier_from",
+      "'nowhere' has none: name the workdir of a run with that protocol by --classifier_from",
     ),
     ("checkpoint W --protocol=debug --checkpoint=first --out=x", "must be last, best or a step"),
     ("nothing", "invalid choice: 'nothing'"),

@@ -242,7 +242,7 @@ def test_unusable_teacher_files_are_refused(refused, tmp_path):
     (truncated, ["not a readable safetensors file"]),
     (text, ["no PyTorch file, EDM pickle or safetensors file"]),
     (foreign, ["of no known family", "codebook"]),
-    (tmp_path / "empty", ["holds none of teacher.safetensors, generator.safetensors"]),
+    (tmp_path / "empty", ["holds no weights, such as teacher.safetensors or model.safetensors"]),
   ):
     refused([CONFIG, f"--config.teacher.path={path}"], [str(path), *needles])
 

@@ -81,10 +81,16 @@ def test_commands_that_keep_nothing(command, monkeypatch):
     command()
 
 
+def hear_interrupts():
+  """For a child: a job in the background would ignore them."""
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("command", ["benchmark", "convert", "evaluate", "export", "sample"])
 def test_an_early_interrupt_ends_the_imports(command):
   program = [sys.executable, "-X", "importtime", "-m", f"dimo_jax.{command}"]
-  with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
+  options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": hear_interrupts}
+  with subprocess.Popen(program, **options) as process:
     assert any(line.endswith(" numpy\n") for line in process.stderr)  # JAX's come later
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
@@ -108,5 +114,6 @@ def test_a_program_that_imports_this_package_keeps_its_interrupts(words, tmp_pat
   (tmp_path / "other" / "tool.py").write_text("")
   environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
   command = [sys.executable, *words]
-  result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+  options = {"capture_output": True, "text": True, "preexec_fn": hear_interrupts}
+  result = subprocess.run(command, check=True, env=environment, **options)
   assert result.stdout == "default_int_handler\n"

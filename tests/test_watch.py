@@ -122,7 +122,7 @@ def test_a_watch_waits_for_the_classifier(workdir, tmp_path, monkeypatch, capsys
     (None, {}, "' is no folder; watch follows a training's workdir"),
     ([MANIFEST], {}, "' is an export; watch follows a training's workdir"),
     (["digits"], {}, "' holds other files and no config.json: it is no workdir"),
-    ([CONFIG_FILE], {}, "was trained with evaluation.protocol='debug', which is what"),
+    ([CONFIG_FILE], {}, "was trained with evaluation.protocol='debug', which can"),
     ([CONFIG_FILE], {"sampling.temp": 1}, "sampling.temp=1: no such field"),
   ],
   ids=["missing", "export", "other", "protocol", "field"],

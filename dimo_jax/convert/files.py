@@ -132,7 +132,10 @@ def _read_folder(path: Path) -> Archive:
     if not names:
       own = path / "teacher"
       meant = f"; did you mean {own}?" if (own / _IN_FOLDERS[0]).exists() else ""
-      raise UserError(f"{path} holds none of {', '.join((*_IN_FOLDERS, *_INDICES))}{meant}")
+      raise UserError(
+        f"{path} holds no weights, such as {_IN_FOLDERS[0]} or {_IN_FOLDERS[2]}; it is no export,"
+        f" and no workdir with a finished checkpoint{meant}"
+      )
     archive = read(path / names[0])
   config = path / "config.json"
   if not config.is_file():

@@ -110,7 +110,10 @@ def _split_folder(path: str, names: Sequence[str]) -> str:
       return os.path.join(path, name)
   hint = ""
   if holds_classes(path):
-    hint = "; python -m dimo_jax.data.prepare --val_fraction=0.1 divides a folder of classes"
+    hint = (
+      f"; python -m dimo_jax.data.prepare --source={path} --val_fraction=0.1 --size=64 --out=DIR"
+      " divides its classes, for data.name='prepared'"
+    )
   raise UserError(f"data.path={path!r} must have a folder {' or '.join(map(repr, names))}{hint}")
 
 

@@ -80,5 +80,6 @@ def sample(
 
 
 def _first_line(error: Exception) -> str:
-  lines = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error)).splitlines()
+  # Pillow names the file, or the buffer's address.
+  lines = re.sub(r" (<_io\.BytesIO object at \w+>|'.*'$)", "", str(error)).splitlines()
   return lines[0] if lines else type(error).__name__

@@ -69,6 +69,11 @@ def load_results(path: str | os.PathLike) -> Results:
     return Results(path.stem, rows, grids, drawn)
   try:
     rows = json.loads((path / "results.json").read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise UserError(
+      f"{path} has no results.json: no finished run with an evaluation protocol, and no file of"
+      " results"
+    ) from error
   except (OSError, ValueError) as error:
     raise UserError(f"{path} has no readable results.json: {error}") from error
   last = sorted((path / "distill" / "pictures").glob("step_*.png"))[-1:]
@@ -128,9 +133,18 @@ def _group(row: Mapping[str, Any]) -> str:
 
 
 def _model(row: Mapping[str, Any]) -> str:
+  return ", ".join(filter(None, (row.get("model", "images"), _sampler(row))))
+
+
+def _sampler(row: Mapping[str, Any]) -> str:
+  """Its name, and what tells rows of a sweep or of a watch apart."""
   sampler = row.get("sampler", "")
-  name = sampler.get("name", "") if isinstance(sampler, Mapping) else sampler
-  return ", ".join(filter(None, (row.get("model", "images"), name)))
+  parts = [sampler.get("name", "") if isinstance(sampler, Mapping) else sampler]
+  if "sweep" in row:
+    parts.append(f"{row['sweep']['field']}={row['sweep']['value']:g}")
+  if "record_sha256" in row:
+    parts.append(f"checkpoint {row['step']}")
+  return ", ".join(filter(None, parts))
 
 
 def _comparable(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,13 +152,12 @@ def _comparable(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
   distance = distance_of(row)
   key = next(key for key in _DISTANCES if row.get(key) is not None)
   model = row.get("model", "images")
-  sampler = row.get("sampler", "")
   return {
     **row,
     "name": name,
     "label": _model(row),
     "model": model if model in report.REFERENCES else f"{model} of {name}",
-    "sampler": sampler.get("name", "") if isinstance(sampler, Mapping) else sampler,
+    "sampler": _sampler(row),
     "steps": row.get("steps", 0),
     "frechet_distance": distance,
     "low": row.get(f"{key}_low"),

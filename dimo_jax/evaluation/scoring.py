@@ -17,7 +17,7 @@ from dimo_jax.evaluation.report import versions
 from dimo_jax.types import Float, UserError
 from dimo_jax.writers import say, write_atomically
 
-__all__ = ["append_row", "find_row", "read_rows", "result_row", "say_row", "score"]
+__all__ = ["append_row", "find_row", "read_rows", "result_row", "say_row", "score", "title_of"]
 
 # What a console line says of a row, where it has it.
 _SAID = (
@@ -121,13 +121,18 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 def say_row(name: str, row: Mapping[str, Any], path: Path) -> None:
   """A console line: the numbers of a row of the file `path`, and what of them is unverified."""
   numbers = ", ".join(f"{title} {row[key]:.4g}" for key, title in _SAID if row.get(key) is not None)
-  step, swept, unverified = (row.get(key) for key in ("step", "sweep", "unverified"))
-  of = f", step {step}" if step is not None else ""
-  of += f", {swept['field']}={swept['value']:g}" if swept else ""
+  unverified = row.get("unverified")
   doubts = [f"with {key}={value}" for key, value in row.get("departures", {}).items()]
   doubts += [f"unverified: {', '.join(unverified)}"] if unverified else []
   doubt = f" ({'; '.join(doubts)})" if doubts else ""
-  say(f"{name}{of}: {row['protocol']}{doubt}: {numbers}; row in {path}")
+  say(f"{title_of(name, row)}: {row['protocol']}{doubt}: {numbers}; row in {path}")
+
+
+def title_of(name: str, row: Mapping[str, Any]) -> str:
+  """A generator's name, and which of its checkpoints and settings a row is of."""
+  step, swept = row.get("step"), row.get("sweep")
+  of = f", step {step}" if step is not None else ""
+  return name + of + (f", {swept['field']}={swept['value']:g}" if swept else "")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -142,7 +142,7 @@ def test_what_is_no_weight_file_is_refused(tmp_path):
     ("cut", "not a readable safetensors file"),
     ("text", "no PyTorch file, EDM pickle or safetensors file"),
     ("nothing", "no PyTorch file, EDM pickle or safetensors file"),
-    ("folder", "holds none of teacher.safetensors, generator.safetensors"),
+    ("folder", "holds no weights, such as teacher.safetensors or model.safetensors"),
     ("numbers", "holds no weights"),
     ("nowhere", "does not exist"),
   ):

@@ -102,6 +102,23 @@ def test_a_workdirs_results_file_stands_for_the_workdir(tmp_path):
     assert (found.name, found.rows) == ("run", [{"protocol": "digits"}])
 
 
+@pytest.mark.parametrize(
+  ("row", "label"),
+  [
+    ({"sampler": "one step", "step": 7}, "student, one step"),
+    (
+      {"sampler": {"name": "one step"}, "sweep": {"field": "sampling.temperature", "value": 2.0}},
+      "student, one step, sampling.temperature=2",
+    ),
+    ({"sampler": "one step", "step": 7, "record_sha256": "x"}, "student, one step, checkpoint 7"),
+  ],
+  ids=["run", "sweep", "watch"],
+)
+def test_rows_of_sweeps_and_watches_are_told_apart(row, label):
+  row = {"model": "student", "protocol": "digits", "frechet_distance": 1.0, **row}
+  assert compare._comparable("run", row)["label"] == label
+
+
 def test_bad_results_are_one_line(tmp_path, results):
   with pytest.raises(types.UserError, match="edm, edm: their names must differ"):
     compare.write_comparison(tmp_path / "a.html", [results[0]] * 2)
@@ -111,7 +128,7 @@ def test_bad_results_are_one_line(tmp_path, results):
       compare.load_results(tmp_path / "bad.jsonl")
   with pytest.raises(types.UserError, match="cannot be read"):
     compare.load_results(tmp_path / "none.jsonl")
-  with pytest.raises(types.UserError, match=r"no readable results\.json"):
+  with pytest.raises(types.UserError, match=r"has no results\.json: no finished run"):
     compare.load_results(tmp_path)
   (tmp_path / "bad.jsonl").write_text('{"protocol": "x"}\n')
   with pytest.raises(types.UserError, match="has no distance"):
