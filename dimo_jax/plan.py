@@ -244,8 +244,8 @@ def plan(
     "together": memory.total,
   }
   say(
-    f"on each of {num_devices} devices, mesh.fsdp={layout.fsdp}, train.batch_size="
-    f"{layout.batch_size}, train.accumulation={layout.accumulation}:"
+    f"on each device of {num_devices}, mesh.fsdp={layout.fsdp}, train.batch_size="
+    f"{layout.batch_size} of all devices together, train.accumulation={layout.accumulation}:"
   )
   for line in planner.experiment.untested:
     say(line)

@@ -75,7 +75,7 @@ class StopRequest:
     self.signal = number
     # Not print: the signal may have come in the middle of one.
     name = signal.Signals(number).name
-    os.write(1, f"{name}: stopping after this step; Ctrl-C stops at once\n".encode())
+    os.write(1, f"{name}: stopping at the next safe point; Ctrl-C stops at once\n".encode())
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers repeat it while the state is saved
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
 

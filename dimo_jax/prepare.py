@@ -408,8 +408,14 @@ def _find_first_stage(experiment: Experiment, teacher: Params | None) -> tuple[P
 
 def check_trained(workdir: Path) -> None:
   """Raises UserError where no distillation was begun."""
-  if not (workdir / "distill" / "checkpoints").is_dir():
-    raise UserError(f"--workdir={str(workdir)!r} holds no training; run --mode=train there first")
+  if (workdir / "distill" / "checkpoints").is_dir():
+    return
+  field = f"--workdir={str(workdir)!r}"
+  if not workdir.exists():
+    raise UserError(f"{field} does not exist; run --mode=train there first")
+  if files.export_folder(workdir) is not None:
+    raise UserError(f"{field} is an export; what is asked for needs the training's own workdir")
+  raise UserError(f"{field} holds no distillation yet; run --mode=train there first")
 
 
 def forget_if_fruitless(workdir: Path) -> None:

@@ -70,9 +70,12 @@ def parse_labels(text: str, num_classes: int, num: int | None = None) -> np.ndar
   try:
     labels = np.array([int(part) for part in text.split(",")], np.int32)
   except (ValueError, OverflowError) as error:
-    raise UserError(f"--labels={text!r} must be class ids such as 3,1,4") from error
-  if labels.min() < 0 or labels.max() >= num_classes:
-    raise UserError(f"--labels={text!r} must lie in 0 .. {num_classes - 1}")
+    raise UserError(
+      f"--labels={text!r} must be class ids from 0 to {num_classes - 1}, with commas between them"
+    ) from error
+  wrong = labels[(labels < 0) | (labels >= num_classes)]
+  if wrong.size:
+    raise UserError(f"--labels={text!r}: {wrong[0]} must lie in 0 .. {num_classes - 1}")
   return labels if num is None else np.resize(labels, num)
 
 

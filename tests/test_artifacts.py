@@ -260,7 +260,7 @@ def test_what_cannot_be_loaded_says_so(masked, tmp_path):
     dimo_jax.load(tmp_path / "old.safetensors")
   (tmp_path / "begun" / "distill").mkdir(parents=True)
   (tmp_path / "begun" / "config.json").write_text("{")
-  with pytest.raises(UserError, match="holds no training"):
+  with pytest.raises(UserError, match="holds no distillation yet"):
     dimo_jax.load(tmp_path / "begun")
 
 

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import debug
 from dimo_jax import build, checkpoint, cli, main, prepare, train
+from dimo_jax.convert import files
 from dimo_jax.health import RunStopped
 from dimo_jax.types import UserError
 from tests import commands
@@ -199,15 +200,18 @@ def test_a_bad_value_has_one_line_that_says_what_is_right(refused, argument, nee
       ["teacher.path=''", "data.name"],
     ),
     ([CONFIG, "--config.data.name=labels"], ["tokenizer.name='patch'", "images"]),
-    ([CONFIG, "--mode=evaluate"], ["holds no training", "--mode=train"]),
+    ([CONFIG, "--mode=evaluate"], ["does not exist", "run --mode=train there first"]),
     (
       [CONFIG, "--mode=teacher", "--config.teacher.path=random"],
       ["--mode=teacher trains one", "teacher.path='random' must be empty"],
     ),
-    ([CONFIG, "--mode=sample"], ["holds no training", "--mode=train"]),
-    ([CONFIG, "--mode=sample", "--labels=3,10"], ["--labels='3,10'", "0 .. 9"]),
+    ([CONFIG, "--mode=sample"], ["does not exist", "run --mode=train there first"]),
+    ([CONFIG, "--mode=sample", "--labels=3,10"], ["--labels='3,10': 10 must lie in 0 .. 9"]),
     ([CONFIG, "--mode=sample", "--labels=-1"], ["--labels='-1'", "0 .. 9"]),
-    ([CONFIG, "--mode=sample", "--labels=three"], ["--labels='three'", "3,1,4"]),
+    (
+      [CONFIG, "--mode=sample", "--labels=three"],
+      ["--labels='three' must be class ids from 0 to 9"],
+    ),
     ([CONFIG, "--mode=sample", "--labels=99999999999"], ["--labels='99999999999'"]),
     ([CONFIG, "--mode=sample", "--seed=-1"], ["--seed=-1", "0 .. 4294967295"]),
     ([CONFIG, "--mode=sample", "--out=grid.jpg"], ["--out='grid.jpg'", ".png"]),
@@ -509,6 +513,18 @@ def begun(workdir, *stages):
     (workdir / stage / "record.json").write_text('{"seed": 99}')
     (workdir / stage / "trackers.json").write_text("{}")
     (workdir / stage / "metrics.jsonl").touch()
+
+
+def test_what_was_never_distilled_is_told_apart(tmp_path):
+  with pytest.raises(UserError, match="nowhere' does not exist; run --mode=train there first"):
+    prepare.check_trained(tmp_path / "nowhere")
+  with pytest.raises(UserError, match="holds no distillation yet; run --mode=train"):
+    prepare.check_trained(tmp_path)
+  (tmp_path / files.MANIFEST).write_text("{}")
+  with pytest.raises(UserError, match="is an export; what is asked for needs the training's own"):
+    prepare.check_trained(tmp_path)
+  (tmp_path / "distill" / "checkpoints").mkdir(parents=True)
+  prepare.check_trained(tmp_path)
 
 
 def test_a_run_that_kept_nothing_is_forgotten(tmp_path):

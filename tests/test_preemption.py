@@ -28,7 +28,7 @@ STOPPED = "stopped; nothing unfinished was kept"
       "raise_signal(SIGTERM); STOP.at_once()",
       143,
       [
-        "SIGTERM: stopping after this step; Ctrl-C stops at once",
+        "SIGTERM: stopping at the next safe point; Ctrl-C stops at once",
         f"SIGTERM: {STOPPED}",
       ],
     ),
@@ -81,16 +81,19 @@ def test_commands_that_keep_nothing(command, monkeypatch):
     command()
 
 
-def hear_interrupts():
-  """For a child: a job in the background would ignore them."""
-  signal.signal(signal.SIGINT, signal.SIG_DFL)
+@pytest.fixture
+def hears_interrupts():
+  """Children hear them, too, of tests that run in the background, where they are ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize("command", ["benchmark", "convert", "evaluate", "export", "sample"])
 def test_an_early_interrupt_ends_the_imports(command):
   program = [sys.executable, "-X", "importtime", "-m", f"dimo_jax.{command}"]
-  options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": hear_interrupts}
-  with subprocess.Popen(program, **options) as process:
+  with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
     assert any(line.endswith(" numpy\n") for line in process.stderr)  # JAX's come later
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
@@ -98,6 +101,7 @@ def test_an_early_interrupt_ends_the_imports(command):
   assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
 
 
+@pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize(
   "words",
   [
@@ -114,6 +118,5 @@ def test_a_program_that_imports_this_package_keeps_its_interrupts(words, tmp_pat
   (tmp_path / "other" / "tool.py").write_text("")
   environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
   command = [sys.executable, *words]
-  options = {"capture_output": True, "text": True, "preexec_fn": hear_interrupts}
-  result = subprocess.run(command, check=True, env=environment, **options)
+  result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
   assert result.stdout == "default_int_handler\n"

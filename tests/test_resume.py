@@ -145,7 +145,7 @@ def test_kills_hit_where_they_should(interrupted):
 def test_a_signal_leaves_a_checkpoint_of_the_step_it_stopped_at(interrupted, name):
   seen = interrupted.seen[name]
   assert seen.code == RESUME_EXIT_CODE
-  assert f"{name.upper()}: stopping after this step" in seen.out
+  assert f"{name.upper()}: stopping at the next safe point" in seen.out
   assert "the same command goes on from here" in seen.out
   assert seen.distill_steps[-1] == seen.last_row < commands.NUM_STEPS
   assert not seen.unfinished
