@@ -261,6 +261,7 @@ def _network(arguments: argparse.Namespace) -> tuple[Inception, Any, int]:
 
 def _judge(arguments: argparse.Namespace) -> judges.AnyJudge:
   """What evaluates a generator under any protocol."""
+  choose({**PUBLISHED, **PROTOCOLS}, arguments.protocol, "protocol")
   if arguments.protocol not in PROTOCOLS:
     if arguments.per_class:
       raise UserError(

@@ -71,8 +71,8 @@ def check_batch(batch_size: int, mesh: Mesh | AbstractMesh, field: str) -> None:
   if batch_size < 1 or batch_size % mesh.size:
     fits = max(1, round(batch_size / mesh.size)) * mesh.size
     raise UserError(
-      f"{field}={batch_size} must be a positive multiple of the number of devices, {mesh.size}:"
-      f" {fits} is"
+      f"{field}={batch_size} must be a positive multiple of the number of devices, {mesh.size},"
+      f" such as {fits}"
     )
 
 

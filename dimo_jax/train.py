@@ -263,9 +263,11 @@ def distill(
     )
   make_state = initial_state(experiment, teacher_params, weights)
   teacher = teacher_state(experiment, teacher_params, tokenizer_params)
-  for line in experiment.untested:
-    say(line)
-  say(parameter_overview.get_parameter_overview(teacher.params, include_stats=False, max_lines=60))
+  if not begun:
+    table = parameter_overview.get_parameter_overview(
+      teacher.params, include_stats=False, max_lines=60
+    )
+    say(table)
 
   def evaluate(
     judge: Reference | RunJudge, state: DistillState, writer: Writer
@@ -325,6 +327,8 @@ def make_teacher(
 
 def train(experiment: Experiment, workdir: Path) -> None:
   """Every stage of a run that is not yet done."""
+  for line in experiment.untested:
+    say(line)
   distill(experiment, workdir, *make_teacher(experiment, workdir))
 
 

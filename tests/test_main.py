@@ -21,6 +21,7 @@ from configs import debug
 from dimo_jax import build, checkpoint, cli, main, prepare, train
 from dimo_jax.convert import files
 from dimo_jax.health import RunStopped
+from dimo_jax.preemption import Preempted
 from dimo_jax.types import UserError
 from tests import commands
 
@@ -513,6 +514,20 @@ def begun(workdir, *stages):
     (workdir / stage / "record.json").write_text('{"seed": 99}')
     (workdir / stage / "trackers.json").write_text("{}")
     (workdir / stage / "metrics.jsonl").touch()
+
+
+def test_what_was_not_tried_is_said_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+  config = debug.get_config()
+  config.tested.learning_rate = (1e-4, 2e-4)
+  config.optim.generator.learning_rate = config.optim.fake_score.learning_rate = 0.5
+
+  def make_teacher(*_):
+    raise Preempted
+
+  monkeypatch.setattr(train, "make_teacher", make_teacher)
+  with pytest.raises(Preempted):
+    train.train(build.build(config), tmp_path)
+  assert capsys.readouterr().out.count("learning_rate=0.5 lies outside of 0.0001 .. 0.0002") == 2
 
 
 def test_what_was_never_distilled_is_told_apart(tmp_path):

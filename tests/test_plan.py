@@ -174,7 +174,7 @@ def test_imagenet64_is_planned_without_its_files(capsys):
   [
     (0, 16.0, {}, "--devices=0 must be 1 or more"),
     (8, -1.0, {}, "--device_memory_gib=-1.0 must be positive"),
-    (3, 16.0, {}, "train.batch_size=64 must be a positive multiple of .* devices, 3: 63 is"),
+    (3, 16.0, {}, "train.batch_size=64 must be a positive multiple of .* devices, 3, such as 63"),
     (8, 16.0, {"mesh": {"fsdp": 3}}, "mesh.fsdp=3 must divide the number of devices, 8"),
     (8, 16.0, {"data": {"name": "folder"}}, "data.image_size=0 must be the side of the images"),
   ],

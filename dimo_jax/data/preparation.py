@@ -79,7 +79,7 @@ def prepare(
   _describe(source, listing)
   if _check_settings(folder, out, settings):
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-    print(f"{out} is prepared already", flush=True)
+    print(f"{out} is prepared already{_left_out(folder)}", flush=True)
     return
   with _begun(folder, out, settings):
     shards = _plan(folder, listing, size, images_per_shard)
@@ -128,6 +128,14 @@ def _check_settings(folder: Path, out: str, settings: dict[str, Any]) -> bool:
   except (OSError, ValueError) as error:
     raise UserError(f"--out={out!r} cannot be used: {error}") from error
   return False
+
+
+def _left_out(folder: Path) -> str:
+  """What a finished preparation says of the files that it could not read."""
+  corrupt = json.loads((folder / REPORT).read_text(encoding="utf-8"))["corrupt"]
+  if not corrupt:
+    return ""
+  return f", without {len(corrupt)} files that could not be read; a new --out takes mended ones in"
 
 
 def _difference(key: str, found: Any, wanted: Any) -> str:

@@ -216,6 +216,9 @@ def test_what_cannot_be_used_is_named_and_left_out(tree, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert f"corrupt: 6, all named in {out}/report.json" in printed
   assert "EXIF rotation ignored: 1" in printed
+  prepared(tmp_path / "tree", out, images_per_shard=2)
+  left_out = f"is prepared already, without {len(BROKEN)} files that could not be read; a new --out"
+  assert left_out in capsys.readouterr().out
 
 
 def write_tars(tree, root, nested=True):
