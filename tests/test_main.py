@@ -577,7 +577,7 @@ def without_teacher(tmp_path_factory):
   and kept nothing.
   """
   workdir = tmp_path_factory.mktemp("random") / "run"
-  begun(workdir, "distill", "teacher")
+  begun(workdir, "distill", "tokenizer")
   arguments = (
     "--config.teacher.path=random",
     "--config.evaluation.protocol=none",
