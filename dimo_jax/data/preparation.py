@@ -132,7 +132,8 @@ def _check_settings(folder: Path, out: str, settings: dict[str, Any]) -> bool:
 
 def _left_out(folder: Path) -> str:
   """What a finished preparation says of the files that it could not read."""
-  corrupt = json.loads((folder / REPORT).read_text(encoding="utf-8"))["corrupt"]
+  path = folder / REPORT  # for people, who may have taken it away
+  corrupt = json.loads(path.read_text(encoding="utf-8"))["corrupt"] if path.exists() else []
   if not corrupt:
     return ""
   return f", without {len(corrupt)} files that could not be read; a new --out takes mended ones in"

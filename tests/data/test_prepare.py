@@ -219,6 +219,9 @@ def test_what_cannot_be_used_is_named_and_left_out(tree, tmp_path, capsys):
   prepared(tmp_path / "tree", out, images_per_shard=2)
   left_out = f"is prepared already, without {len(BROKEN)} files that could not be read; a new --out"
   assert left_out in capsys.readouterr().out
+  (out / "report.json").unlink()
+  prepared(tmp_path / "tree", out, images_per_shard=2)
+  assert f"{out} is prepared already\n" in capsys.readouterr().out
 
 
 def write_tars(tree, root, nested=True):
