@@ -22,7 +22,7 @@ import numpy as np
 from flax import traverse_util
 
 from configs import base
-from dimo_jax import prepare
+from dimo_jax import prepare, records
 from dimo_jax.build import NUM_SEEDS, Experiment, Models
 from dimo_jax.checkpoint import RECORD_FILE, Checkpoints, load_params, quiet_orbax, read_tree
 from dimo_jax.convert import families, files
@@ -412,7 +412,7 @@ def read_run(
     UserError: nothing was trained there, nothing evaluated, no config recorded, or the
       experiment's config is another than that of the training.
   """
-  prepare.check_trained(workdir)
+  records.check_trained(workdir)
   if experiment is not None:
     prepare.check_workdir(experiment, workdir)
   recipe = Recipe.load(workdir) if experiment is None else prepare.recipe(experiment)

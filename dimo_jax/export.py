@@ -24,7 +24,7 @@ from absl import flags
 from flax import traverse_util
 from ml_collections import config_flags
 
-from dimo_jax import cli, prepare
+from dimo_jax import cli, prepare, records
 from dimo_jax.artifacts import (
   PARAMS_FOLDER,
   PROGRAM_FILE,
@@ -365,7 +365,7 @@ def _dispatch() -> None:
   _check_out(out, _OVERWRITE.value)
   if _PUSH.value:
     _check_repo(_PUSH.value)
-  prepare.check_trained(workdir)
+  records.check_trained(workdir)
   experiment = None if _CONFIG.value is None else build(_CONFIG.value)
   run = read_run(workdir, experiment, checkpoint=_CHECKPOINT.value, average=not _RAW.value)
   export(run, formats, out, license_name=_LICENSE.value, overwrite=_OVERWRITE.value)

@@ -61,7 +61,7 @@ def _dispatch() -> None:
   if _MODE.value in ("train", "teacher", "pairs") and _CHECKPOINT.value != "last":
     raise UserError(f"--checkpoint={_CHECKPOINT.value} is for --mode=evaluate and --mode=sample")
   # Imported here, so that a mistyped flag is answered before JAX starts.
-  from dimo_jax import build, evaluate, pairs, prepare, sample, train
+  from dimo_jax import build, evaluate, pairs, records, sample, train
   from dimo_jax.checkpoint import check_which
   from dimo_jax.convert import files
   from dimo_jax.recipe import CONFIG_FILE, Recipe
@@ -103,7 +103,7 @@ def _dispatch() -> None:
     with _writable(workdir):
       pairs.make_pairs(experiment, workdir, _NUM_PAIRS.value, _SEED.value, _OUT.value)
   else:
-    prepare.check_trained(workdir)
+    records.check_trained(workdir)
     _check_writable(workdir)
     evaluate.evaluate_workdir(experiment, workdir, checkpoint=checkpoint)
 

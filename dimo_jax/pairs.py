@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dimo_jax import prepare, start, train
+from dimo_jax import prepare, records, start, train
 from dimo_jax.build import NUM_SEEDS, Experiment
 from dimo_jax.checkpoint import params_hash
 from dimo_jax.distributed import on_first
@@ -42,7 +42,7 @@ def make_pairs(
   out = Path(out_text or workdir / "pairs.npz")
   if out.suffix != ".npz":
     raise UserError(f"--out={str(out)!r} must end in .npz")
-  on_first(lambda: prepare.forget_if_fruitless(workdir))
+  on_first(lambda: records.forget_if_fruitless(workdir))
   prepare.check_workdir(experiment, workdir)
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   params, tokenizer_params = train.train_teacher(experiment, workdir, tokenizer_params)

@@ -12,14 +12,13 @@ import ml_collections
 import numpy as np
 from flax import traverse_util
 
+from dimo_jax import records
 from dimo_jax.build import Experiment
 from dimo_jax.checkpoint import (
-  DAMAGED_FOLDER,
   RECORD_FILE,
   Checkpoints,
   changed_fields,
   check_record,
-  finished_steps,
   load_params,
   params_hash,
   refuse_changes,
@@ -29,7 +28,7 @@ from dimo_jax.convert import edm, families, files, maskgit
 from dimo_jax.convert.files import Archive
 from dimo_jax.data.sources import Source
 from dimo_jax.data.tokens import TokenSource, describe, load_tokens
-from dimo_jax.distributed import exists, from_first, on_first
+from dimo_jax.distributed import exists, on_first
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
 from dimo_jax.recipe import Recipe
@@ -41,7 +40,6 @@ from dimo_jax.teachers.edm import GaussianTeacher
 from dimo_jax.teachers.maskgit import MaskedTeacher
 from dimo_jax.teachers.tokenizers import Tokenizer
 from dimo_jax.teachers.vqgan import RANDOM
-from dimo_jax.trackers import IDS_FILE
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
@@ -49,10 +47,6 @@ CLASSIFIER_FILE = "classifier/classifier.safetensors"  # in a workdir
 TEACHER_FILE = "teacher.safetensors"
 _TOKENIZER_FILE = "tokenizer.safetensors"  # fitted
 _GIVEN_TOKENIZER_FILE = "given.safetensors"  # beside it: the one that a given teacher brought
-# What every stage reads of its data; pairs are for a distillation alone.
-_DATA = tuple(
-  f"data.{name}" for name in ("name", "path", "tfds_name", "image_size", "num_classes", "flip")
-)
 
 _UNTOLD = (
   "teacher.name",
@@ -83,7 +77,7 @@ def fit_tokenizer(experiment: Experiment, workdir: Path) -> Params:
   if not experiment.has_pictures:
     return {}
   directory.mkdir(parents=True, exist_ok=True)
-  fields = tokenizer_fields(experiment)
+  fields = records.tokenizer_fields(experiment)
   if not experiment.tokenizer.needs_images:
     params = experiment.tokenizer.fit(None, config.seed)
     check_record(directory, fields | ({"tokenizer.sha256": params_hash(params)} if params else {}))
@@ -172,7 +166,7 @@ def fit_classifier(experiment: Experiment, workdir: Path) -> Reference | None:
     return None
   path = workdir / CLASSIFIER_FILE
   path.parent.mkdir(parents=True, exist_ok=True)
-  check_record(path.parent, classifier_fields(experiment))
+  check_record(path.parent, records.classifier_fields(experiment))
   if not exists(path):
     train, test = load_arrays(experiment.source("train")), load_arrays(experiment.source("test"))
     classifier = train_classifier(
@@ -321,7 +315,9 @@ def _from_published(experiment: Experiment, field: str, archive: Archive) -> Par
 def _check_untold(experiment: Experiment, field: str, trained: Mapping[str, Any]) -> None:
   """Raises UserError where a teacher of ours differs in what no shape of its weights tells."""
   for name in _UNTOLD:
-    wanted = json.loads(json.dumps(flat_fields(experiment.config, name)[name]))  # as it is kept
+    wanted = json.loads(
+      json.dumps(records.flat_fields(experiment.config, name)[name])
+    )  # as it is kept
     if trained.get(name, wanted) != wanted:
       raise UserError(
         f"{field} was trained with {name}={trained[name]!r}, and the config says {wanted!r}"
@@ -355,11 +351,6 @@ def first_stage(experiment: Experiment, teacher: Params) -> FirstStage | None:
         f"train.start_from={train.start_from!r} holds other networks than the config's"
       )
   return stage
-
-
-def has_checkpoints(directory: Path) -> bool:
-  """Whether a stage goes on from a checkpoint, in every process alike."""
-  return bool(from_first(bool(finished_steps(directory))))
 
 
 def _find_first_stage(experiment: Experiment, teacher: Params | None) -> tuple[Path, int] | None:
@@ -406,35 +397,6 @@ def _find_first_stage(experiment: Experiment, teacher: Params | None) -> tuple[P
   return directory, step
 
 
-def check_trained(workdir: Path) -> None:
-  """Raises UserError where no distillation was begun."""
-  if (workdir / "distill" / "checkpoints").is_dir():
-    return
-  field = f"--workdir={str(workdir)!r}"
-  if not workdir.exists():
-    raise UserError(f"{field} does not exist; run --mode=train there first")
-  if files.export_folder(workdir) is not None:
-    raise UserError(f"{field} is an export; what is asked for needs the training's own workdir")
-  raise UserError(f"{field} holds no distillation yet; run --mode=train there first")
-
-
-def forget_if_fruitless(workdir: Path) -> None:
-  """Takes away the records of a run that ended before it kept anything: what begins next in its
-  workdir may be another one. To be called by what writes there, before it looks at the records.
-  """
-  stages = [path.parent for path in workdir.glob(f"*/{RECORD_FILE}")]
-  fruits = ("results.json", "*/*.safetensors", "*/pictures/*", f"*/checkpoints/{DAMAGED_FOLDER}/*")
-  if (
-    any(finished_steps(stage) for stage in stages)
-    or any(path.stat().st_size for path in workdir.glob("*/metrics.jsonl"))
-    or any(any(workdir.glob(pattern)) for pattern in fruits)
-  ):
-    return
-  for stage in stages:
-    for name in (RECORD_FILE, IDS_FILE):
-      (stage / name).unlink(missing_ok=True)
-
-
 def check_workdir(experiment: Experiment, workdir: Path) -> None:
   """What the stages would find one after the other, found before any of them computes.
 
@@ -446,13 +408,16 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
     experiment.tokenizer.fit(None, experiment.config.seed)
   path = experiment.config.teacher.path
   given = None if path in ("", "random") else load_teacher(experiment, path)[0]
-  if not has_checkpoints(workdir / "distill"):  # later it is not needed any more
+  if not records.has_checkpoints(workdir / "distill"):  # later it is not needed any more
     _find_first_stage(experiment, given)
-  stages = {"tokenizer": tokenizer_fields(experiment), "distill": distill_fields(experiment, given)}
+  stages = {
+    "tokenizer": records.tokenizer_fields(experiment),
+    "distill": records.distill_fields(experiment, given),
+  }
   if experiment.protocol is not None:
-    stages["classifier"] = classifier_fields(experiment)
+    stages["classifier"] = records.classifier_fields(experiment)
   if not path:
-    stages["teacher"] = teacher_fields(experiment)
+    stages["teacher"] = records.teacher_fields(experiment)
   changed: dict[str, str] = {}
   for stage, fields in stages.items():
     changed |= changed_fields(workdir / stage, fields)
@@ -460,71 +425,3 @@ def check_workdir(experiment: Experiment, workdir: Path) -> None:
   if given is None:
     changed.pop("teacher.sha256", None)
   refuse_changes(workdir, changed)
-
-
-def tokenizer_fields(experiment: Experiment) -> dict:
-  """What a tokenizer depends on, by flat name, but for the weights of a published one."""
-  return flat_fields(experiment.config, *_DATA, "tokenizer", "seed")
-
-
-def classifier_fields(experiment: Experiment) -> dict:
-  """What the evaluation's classifier depends on, by flat name."""
-  return flat_fields(experiment.config, *_DATA, "evaluation.protocol")
-
-
-def teacher_fields(experiment: Experiment) -> dict:
-  """What a teacher's training depends on, by flat name."""
-  return flat_fields(
-    experiment.config,
-    *_DATA,
-    "tokenizer",
-    *_network_sections(experiment),
-    "seed",
-    "teacher.name",
-    "teacher.pretrain",
-    "precision.compute_dtype",
-  )
-
-
-def distill_fields(experiment: Experiment, teacher: Params | None = None) -> dict:
-  """What a distillation depends on, by flat name, a teacher by its hash."""
-  fields = flat_fields(
-    experiment.config,
-    "data",
-    "tokenizer",
-    *_network_sections(experiment),
-    "precision",
-    "seed",
-    "objective",
-    experiment.config.objective,
-    "optim",
-    "train",
-  )
-  optimizers = experiment.generator_optimizer, experiment.fake_score_optimizer
-  if all(spec.schedule == "constant" for spec in optimizers):
-    fields.pop("train.num_steps")  # no schedule depends on it
-  return fields if teacher is None else fields | {"teacher.sha256": params_hash(teacher)}
-
-
-def _network_sections(experiment: Experiment) -> tuple[str, ...]:
-  return ("denoiser", "process") if experiment.teacher.kind == "gaussian" else ("model",)
-
-
-def flat_fields(config, *names: str) -> dict:
-  """`a.b.c` names and values of the named sections or fields of a config, but for where the
-  tokenizer's file and the images' codes lie, and how memory is saved.
-  """
-  fields: dict[str, Any] = {}
-  for name in names:
-    value = config
-    for part in name.split("."):
-      value = value[part]
-    if hasattr(value, "to_dict"):
-      flat = traverse_util.flatten_dict(value.to_dict(), sep=".")
-      fields |= {f"{name}.{key}": item for key, item in flat.items()}
-    else:
-      fields[name] = value
-  saved = "model.remat", "denoiser.remat", "train.ema_memory"
-  for name in ("tokenizer.path", "data.tokens", *saved):
-    fields.pop(name, None)
-  return fields

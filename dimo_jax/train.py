@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from clu import parameter_overview
 from flax import traverse_util
 
-from dimo_jax import prepare
+from dimo_jax import prepare, records
 from dimo_jax.build import Experiment
 from dimo_jax.checkpoint import (
   BEST_METRIC,
@@ -187,7 +187,7 @@ def train_teacher(
       )
     return network, tokenizer
   directory.mkdir(parents=True, exist_ok=True)
-  fields = prepare.teacher_fields(experiment)
+  fields = records.teacher_fields(experiment)
   check_record(directory, fields)
   path = directory / prepare.TEACHER_FILE
   if not exists(path):
@@ -254,9 +254,9 @@ def distill(
   config, directory = experiment.config, workdir / "distill"
   directory.mkdir(parents=True, exist_ok=True)
   # Of a first stage only the shapes are needed once there is a checkpoint.
-  begun = prepare.has_checkpoints(directory)
+  begun = records.has_checkpoints(directory)
   weights = None if begun else prepare.first_stage(experiment, teacher_params)
-  check_record(directory, prepare.distill_fields(experiment, teacher_params))
+  check_record(directory, records.distill_fields(experiment, teacher_params))
   if experiment.pairs and experiment.pairs.teacher_sha256 != params_hash(teacher_params):
     raise UserError(
       f"data.pairs={config.data.pairs!r} were made by another teacher than this run's"
@@ -309,7 +309,7 @@ def make_teacher(
   Returns:
     The teacher's network and tokenizer parameters, and the judge of the student if any.
   """
-  on_first(lambda: prepare.forget_if_fruitless(workdir))
+  on_first(lambda: records.forget_if_fruitless(workdir))
   prepare.check_workdir(experiment, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   run_judge = RunJudge.of(experiment, workdir)
@@ -343,13 +343,13 @@ def restore(
   Raises:
     UserError: nothing was trained there, or nothing evaluated.
   """
-  prepare.check_trained(workdir)
+  records.check_trained(workdir)
   directory = workdir / "distill"
   prepare.check_workdir(experiment, workdir)
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   teacher_params, tokenizer_params = train_teacher(experiment, workdir, tokenizer_params)
   refuse_changes(
-    directory, changed_fields(directory, prepare.distill_fields(experiment, teacher_params))
+    directory, changed_fields(directory, records.distill_fields(experiment, teacher_params))
   )
   state = jax.eval_shape(initial_state(experiment, teacher_params))
   checkpoints = Checkpoints(directory / "checkpoints", read_only=True)

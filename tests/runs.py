@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from configs import debug
-from dimo_jax import prepare
+from dimo_jax import prepare, records
 from dimo_jax.build import Experiment, build
 from dimo_jax.checkpoint import BEST_METRIC, Checkpoints, check_record, params_hash, save_params
 from dimo_jax.start import initial_state
@@ -51,10 +51,10 @@ def make(workdir: pathlib.Path, variant: str = "dimo", **sections) -> Experiment
     save_params(workdir / "tokenizer" / "tokenizer.safetensors", codebook, {})
   recipe = prepare.recipe(experiment)
   recipe.save(workdir)
-  fields = prepare.teacher_fields(experiment)
+  fields = records.teacher_fields(experiment)
   file = workdir / "teacher" / prepare.TEACHER_FILE
   prepare.save_teacher(file, teacher, codebook, fields, recipe)
-  check_record(workdir / "distill", prepare.distill_fields(experiment, teacher))
+  check_record(workdir / "distill", records.distill_fields(experiment, teacher))
   state = initial_state(experiment, teacher)()
   checkpoints = Checkpoints(workdir / "distill" / "checkpoints", keep=2)
   for step in STEPS:

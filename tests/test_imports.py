@@ -32,7 +32,7 @@ step
 evaluation
 checkpoint
 build
-recipe
+recipe records
 prepare
 hooks start artifacts
 generators

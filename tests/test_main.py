@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from configs import debug
-from dimo_jax import build, checkpoint, cli, main, prepare, train
+from dimo_jax import build, checkpoint, cli, main, prepare, records, train
 from dimo_jax.convert import files
 from dimo_jax.health import RunStopped
 from dimo_jax.preemption import Preempted
@@ -532,20 +532,20 @@ def test_what_was_not_tried_is_said_before_anything_is_trained(tmp_path, monkeyp
 
 def test_what_was_never_distilled_is_told_apart(tmp_path):
   with pytest.raises(UserError, match="nowhere' does not exist; run --mode=train there first"):
-    prepare.check_trained(tmp_path / "nowhere")
+    records.check_trained(tmp_path / "nowhere")
   with pytest.raises(UserError, match="holds no distillation yet; run --mode=train"):
-    prepare.check_trained(tmp_path)
+    records.check_trained(tmp_path)
   (tmp_path / files.MANIFEST).write_text("{}")
   with pytest.raises(UserError, match="is an export; what is asked for needs the training's own"):
-    prepare.check_trained(tmp_path)
+    records.check_trained(tmp_path)
   (tmp_path / "distill" / "checkpoints").mkdir(parents=True)
-  prepare.check_trained(tmp_path)
+  records.check_trained(tmp_path)
 
 
 def test_a_run_that_kept_nothing_is_forgotten(tmp_path):
   begun(tmp_path, "teacher", "distill")
   (tmp_path / "distill" / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
-  prepare.forget_if_fruitless(tmp_path)
+  records.forget_if_fruitless(tmp_path)
   assert not [*tmp_path.rglob("record.json"), *tmp_path.rglob("trackers.json")]
   with pytest.raises(UserError, match="seed 1 -> 2"):  # now as ever
     for seed in (1, 2):
@@ -567,7 +567,7 @@ def test_a_run_that_kept_something_is_not_forgotten(kept, tmp_path):
   begun(tmp_path, "teacher", "distill")
   (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
   (tmp_path / kept).write_text("{}")
-  prepare.forget_if_fruitless(tmp_path)
+  records.forget_if_fruitless(tmp_path)
   assert len([*tmp_path.rglob("record.json"), *tmp_path.rglob("trackers.json")]) == 4
 
 
