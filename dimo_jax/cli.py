@@ -20,6 +20,11 @@ BAD_INPUT, STOPPED = 2, 3  # exit codes, beside preemption.RESUME_EXIT_CODE
 
 IMPORT_HELP = "--import: Python file of rows of your own, imported first; may be repeated."
 _CONFIG_HELP = "Config file, such as configs/digits.py; --config.a.b=1 sets a field of it."
+_TYPES = {  # by what Python and absl say of a value that is none
+  "could not convert string to float": "a number",
+  "invalid literal for int()": "a whole number",
+  "Non-boolean argument": "True or False",
+}
 CONFIG = config_flags.DEFINE_config_file("config", None, _CONFIG_HELP)
 
 
@@ -144,7 +149,16 @@ def _parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
     # A config file's own error arrives with its whole traceback; its last line says it.
     lines = str(error).strip().splitlines()
     text = lines[-1].partition(": ")[2] if "Traceback" in str(error) else " ".join(lines)
-    raise UserError(" ".join(text.split())) from error
+    raise UserError(_of_type(" ".join(text.split()))) from error
+
+
+def _of_type(text: str) -> str:
+  """A library's words for a flag's value of the wrong type in the words of our other errors."""
+  flag, separator, reason = text.removeprefix("flag ").partition(": ")
+  for words, kind in _TYPES.items():
+    if separator and words in reason:
+      return f"{flag} must be {kind}"
+  return text
 
 
 def _fail(error: object, code: int) -> int:

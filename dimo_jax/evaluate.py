@@ -113,7 +113,7 @@ def evaluate(
     said = {"model": model, "sampler": sampler.name, "steps": steps, **sources[model]}
     said |= {"weights_sha256": params_hash(network.all_params)}
     rows.append(said | row | {"sampler_settings": plain_settings(sampler)})
-    say(f"evaluation: {model} {sampler.name} {steps} steps: {row['frechet_distance']:.4f}")
+    say(f"evaluation: {model}, {sampler.name}, steps={steps}: {row['frechet_distance']:.4f}")
   for row in rows:
     row["protocol"] = reference.protocol.name
     row["seed"] = config.seed
@@ -387,7 +387,7 @@ def _watch(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-  compare.write_comparison(arguments.out, [compare.load_results(p) for p in arguments.results])
+  compare.write_comparison(arguments.out, compare.load_all(arguments.results))
   say(f"comparison: {arguments.out}")
 
 

@@ -45,7 +45,7 @@ class NetworkGenerator:
   @property
   def name(self) -> str:
     """Model, sampler and steps."""
-    return f"{self.source['model']}, {self.sampler.name}, {self.sampler.num_steps} steps"
+    return f"{self.source['model']}, {self.sampler.name}, steps={self.sampler.num_steps}"
 
   @property
   def image_shape(self) -> tuple[int, int, int] | None:

@@ -16,7 +16,9 @@ from dimo_jax.types import UserError
 MODES = ("train", "teacher", "evaluate", "sample", "pairs", "plan")
 
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run; made if missing. --mode=plan needs none."
+  "workdir",
+  None,
+  "Folder of the run; made if missing. --mode=plan needs none, or takes its config.",
 )
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "What to do; teacher: train it, no more.")
 _CHECKPOINT = flags.DEFINE_string(
@@ -127,20 +129,27 @@ def _join() -> None:
 
 def _plan() -> None:
   STOP.at_once()
-  if cli.CONFIG.value is None:
-    raise UserError("--config is missing; name a config, such as --config=configs/digits.py")
+  config, workdir = cli.CONFIG.value, Path(_WORKDIR.value or "")
+  if config is None and not _WORKDIR.value:
+    raise UserError(
+      "--config is missing; name a config, such as --config=configs/digits.py, or a --workdir that"
+      " has recorded one"
+    )
   import jax
 
   jax.config.update("jax_platforms", "cpu")  # nothing runs, whatever devices this machine has
   from dimo_jax import plan, target
+  from dimo_jax.recipe import Recipe
+
+  config = Recipe.load(workdir).config if config is None else config
 
   if _TARGET.value:
     for name in ("devices", "device_memory_gib"):
       if flags.FLAGS[name].present:
         raise UserError(f"--{name} does not go with --target={_TARGET.value!r}, which says it")
-    target.compile_for(cli.CONFIG.value, _TARGET.value)
+    target.compile_for(config, _TARGET.value)
   else:
-    plan.plan(cli.CONFIG.value, _DEVICES.value, _DEVICE_MEMORY_GIB.value)
+    plan.plan(config, _DEVICES.value, _DEVICE_MEMORY_GIB.value)
 
 
 @contextlib.contextmanager

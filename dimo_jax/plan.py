@@ -92,6 +92,7 @@ class Planner:
     check_batch(train.batch_size, abstract_mesh(num_devices, config.mesh.fsdp), "train.batch_size")
     self._mesh = make_mesh(1, jax.devices()[:1])  # not planned for: networks need one to be built
     self.experiment = build(without_files(config), self._mesh)
+    say("from shapes alone, which takes a minute for the largest networks:")
     self.teacher, self.state = shapes(self.experiment)
     self._section = "model" if self.experiment.teacher.kind == "masked" else "denoiser"
     remat = config[self._section].remat
@@ -233,7 +234,6 @@ def plan(
   """
   if device_memory_gib is not None and not 0 < device_memory_gib < math.inf:
     raise UserError(f"--device_memory_gib={device_memory_gib} must be positive")
-  say("from shapes alone, which takes a minute for the largest networks:")
   planner = Planner(config, num_devices)
   layout, memory = planner.layout, planner.memory(planner.layout)
   flops = planner.experiment.model_flops

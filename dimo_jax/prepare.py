@@ -1,5 +1,6 @@
 """What distillation needs first: data in memory, tokenizer, classifier, a trained teacher."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from dimo_jax.data.tokens import TokenSource, describe, load_tokens
 from dimo_jax.distributed import exists, on_first
 from dimo_jax.evaluation.features import Classifier, train_classifier
 from dimo_jax.evaluation.protocols import Reference
-from dimo_jax.recipe import Recipe
+from dimo_jax.recipe import CONFIG_FILE, Recipe
 from dimo_jax.remote import local_path
 from dimo_jax.sharding import fetch
 from dimo_jax.state import FirstStage, merge
@@ -193,6 +194,26 @@ def random_teacher(experiment: Experiment) -> Params:
 def recipe(experiment: Experiment) -> Recipe:
   """What rebuilds an experiment's networks and samplers without its data."""
   return Recipe(experiment.config, experiment.tokenizer.image_shape)
+
+
+def record_config(experiment: Experiment, workdir: Path) -> None:
+  """Records the config in the workdir, and says in what it differs from the one before."""
+  new, old = recipe(experiment), None
+  if (workdir / CONFIG_FILE).exists():
+    with contextlib.suppress(UserError):  # a damaged one is replaced
+      old = Recipe.load(workdir)
+  if old is not None:
+    before, after = (
+      traverse_util.flatten_dict(recipe.config.to_dict(), sep=".") for recipe in (old, new)
+    )
+    changed = [
+      f"{name}={after[name]!r}, before {before[name]!r}"
+      for name in after
+      if name in before and after[name] != before[name]
+    ]
+    if changed:
+      say(f"config: changed since the last start: {'; '.join(changed)}")
+  new.save(workdir)
 
 
 def save_teacher(

@@ -313,7 +313,7 @@ def make_teacher(
   prepare.check_workdir(experiment, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   run_judge = RunJudge.of(experiment, workdir)
-  on_first(lambda: prepare.recipe(experiment).save(workdir))
+  on_first(lambda: prepare.record_config(experiment, workdir))
   tokenizer_params = prepare.fit_tokenizer(experiment, workdir)
   reference = prepare.fit_classifier(experiment, workdir)
   fitted = tokenizer_params

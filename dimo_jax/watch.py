@@ -96,6 +96,10 @@ def watch(
       # Rows may be of a run before this one.
       end = last if last in finished_steps(workdir / "distill") else 0
     if end and any(step >= end for step in seen):
+      if rows:
+        best = min(rows, key=distance_of)["step"]
+        kept = copies / str(best)
+        say(f"watch: ends after step {end}; the best of {len(rows)} is step {best}, kept in {kept}")
       return
     if seen != waiting:
       say(f"watch: waits for a checkpoint after step {max(seen, default=0)}")

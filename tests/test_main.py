@@ -111,8 +111,9 @@ def refused(command, tmp_path):
   [
     ("--config.dimo.r_int=0.5", ["--config.dimo.r_int=0.5", "'r_init'"]),
     ("--config.dimoo.r_init=0.5", ["--config.dimoo.r_init=0.5", "'dimo'"]),
-    ("--config.train.num_steps=abc", ["--config.train.num_steps", "abc", "int"]),
-    ("--config.dimo.dropout=maybe", ["--config.dimo.dropout", "maybe", "oolean"]),
+    ("--config.train.num_steps=abc", ["--config.train.num_steps=abc must be a whole number"]),
+    ("--config.dimo.dropout=maybe", ["--config.dimo.dropout=maybe must be True or False"]),
+    ("--config.sampling.temperature=hot", ["--config.sampling.temperature=hot must be a number"]),
     ("--config.train=3", ["--config.train", "3"]),
     ("--nope=1", ["nope"]),
     ("stray", ["'stray'", "--"]),
@@ -528,6 +529,36 @@ def test_what_was_not_tried_is_said_before_anything_is_trained(tmp_path, monkeyp
   with pytest.raises(Preempted):
     train.train(build.build(config), tmp_path)
   assert capsys.readouterr().out.count("learning_rate=0.5 lies outside of 0.0001 .. 0.0002") == 2
+
+
+def test_a_config_that_changed_is_said(tmp_path, capsys):
+  config = debug.get_config()
+  prepare.record_config(build.build(config), tmp_path)
+  prepare.record_config(build.build(config), tmp_path)
+  assert "config:" not in capsys.readouterr().out
+  config.log.every_steps, config.train.ema_decay = 7, 0.25
+  prepare.record_config(build.build(config), tmp_path)
+  said = capsys.readouterr().out
+  assert said.startswith("config: changed since the last start: ") and said.count("\n") == 1
+  assert "log.every_steps=7, before " in said and "train.ema_decay=0.25, before " in said
+  assert said.count("before") == 2
+  (tmp_path / "config.json").write_text("{")
+  prepare.record_config(build.build(config), tmp_path)
+  assert json.loads((tmp_path / "config.json").read_text())["config"]["log"]["every_steps"] == 7
+
+
+def test_a_run_is_planned_by_the_config_that_it_has_recorded(command, tmp_path):
+  config = debug.get_config()
+  config.train.batch_size = 24
+  prepare.record_config(build.build(config), tmp_path)
+  code, out, err = command("--mode=plan", f"--workdir={tmp_path}", "--devices=3")
+  assert code == 0, err
+  result = json.loads(out.splitlines()[-1])
+  assert (result["devices"], result["layout"]["batch_size"]) == (3, 24)
+  code, out, err = command("--mode=plan", "--devices=3")
+  assert (code, out) == (cli.BAD_INPUT, "") and "or a --workdir that has recorded one" in err
+  code, out, err = command("--mode=plan", f"--workdir={tmp_path}", "--devices=5")
+  assert (code, out) == (cli.BAD_INPUT, "") and "train.batch_size=24 must be a" in err
 
 
 def test_what_was_never_distilled_is_told_apart(tmp_path):

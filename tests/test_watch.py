@@ -45,7 +45,12 @@ def test_a_watch_goes_on_after_a_checkpoint_that_cannot_be_evaluated(workdir, tm
   judge, seen = counted(own_judge("debug", training), fails_at=steps[0])
   watch.watch(judge, training, out, every_seconds=0.0)  # to the training's last step
   assert seen == steps and [row["step"] for row in scoring.read_rows(out)] == steps[1:]
-  assert f"checkpoint {steps[0]} is skipped: images hold NaN" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert f"checkpoint {steps[0]} is skipped: images hold NaN" in said
+  best = min(scoring.read_rows(out), key=lambda row: row["frechet_distance"])["step"]
+  ended = f"ends after step {steps[-1]}; the best of {len(steps) - 1} is step {best}, kept in "
+  kept = tmp_path / "results.jsonl.checkpoints" / str(best)
+  assert said.splitlines()[-1].partition(ended)[2] == str(kept) and kept.is_dir()
 
 
 def test_a_watch_tells_a_training_that_begins_anew(workdir, tmp_path):

@@ -15,7 +15,14 @@ from dimo_jax.evaluation.scoring import read_rows
 from dimo_jax.types import UserError
 from dimo_jax.writers import write_atomically
 
-__all__ = ["Results", "distance_of", "load_results", "write_comparison", "write_sweep"]
+__all__ = [
+  "Results",
+  "distance_of",
+  "load_all",
+  "load_results",
+  "write_comparison",
+  "write_sweep",
+]
 
 # key, heading, format, meaning; `distance` is one of the two distances below
 COLUMNS = (
@@ -51,9 +58,12 @@ class Results:
   drawn: Sequence[str | None]
 
 
-def load_results(path: str | os.PathLike) -> Results:
+def load_results(path: str | os.PathLike, *, whole_name: bool = False) -> Results:
   """The results of a workdir (or its `results.json`, with its last pictures) or of a file of JSON
   lines.
+
+  Args:
+    whole_name: whether they are called by the whole path, not by its last part.
 
   Raises:
     UserError: there are none, or they cannot be read.
@@ -61,12 +71,13 @@ def load_results(path: str | os.PathLike) -> Results:
   path = Path(path)
   if path.name == "results.json":
     path = path.absolute().parent
+  name = str(path) if whole_name else path.name if path.is_dir() else path.stem
   if not path.is_dir():
     rows = read_rows(path)
     shown = [row for row in rows if row.get("pictures")]
-    grids = [(path.with_name(row["pictures"]), f"{path.stem}: {_model(row)}") for row in shown]
+    grids = [(path.with_name(row["pictures"]), f"{name}: {_model(row)}") for row in shown]
     drawn = [f"{row['protocol']} {row['seed']}" if "seed" in row else None for row in shown]
-    return Results(path.stem, rows, grids, drawn)
+    return Results(name, rows, grids, drawn)
   try:
     rows = json.loads((path / "results.json").read_text(encoding="utf-8"))
   except FileNotFoundError as error:
@@ -77,10 +88,24 @@ def load_results(path: str | os.PathLike) -> Results:
   except (OSError, ValueError) as error:
     raise UserError(f"{path} has no readable results.json: {error}") from error
   last = sorted((path / "distill" / "pictures").glob("step_*.png"))[-1:]
-  grids = [(file, f"{path.name}: after {int(file.stem[5:])} updates") for file in last]
+  grids = [(file, f"{name}: after {int(file.stem[5:])} updates") for file in last]
   seeds = {row.get("sampling_seed") for row in rows}
   same = f"all classes {seeds.pop()}" if len(seeds) == 1 and None not in seeds else None
-  return Results(path.name, rows, grids, [same] * len(grids))
+  return Results(name, rows, grids, [same] * len(grids))
+
+
+def load_all(paths: Sequence[str | os.PathLike]) -> list[Results]:
+  """`load_results` of each; where two would be called alike, both are called by their whole path.
+
+  Raises:
+    UserError: one is named twice, or as there.
+  """
+  results = [load_results(path) for path in paths]
+  names = [result.name for result in results]
+  return [
+    load_results(path, whole_name=True) if names.count(result.name) > 1 else result
+    for path, result in zip(paths, results, strict=True)
+  ]
 
 
 def write_comparison(path: Path, results: Sequence[Results]) -> None:
@@ -91,7 +116,7 @@ def write_comparison(path: Path, results: Sequence[Results]) -> None:
   """
   names = [result.name for result in results]
   if len(set(names)) < len(names):
-    raise UserError(f"results {', '.join(names)}: their names must differ")
+    raise UserError(f"results {', '.join(names)}: each must be named once")
   groups: dict[str, list[dict[str, Any]]] = {}
   for result in results:
     for row in result.rows:

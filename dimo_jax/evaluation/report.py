@@ -272,6 +272,7 @@ def quality_plots(results: Sequence[Row]) -> list[dict[str, str]]:
       axes.yaxis.set_minor_locator(NullLocator())
     else:
       axes.set_ylim(bottom=0)
+      axes.margins(y=0.1)
     plots.append({"title": title, "svg": _svg(figure, axes, title)})
   return plots
 

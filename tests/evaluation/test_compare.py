@@ -119,8 +119,19 @@ def test_rows_of_sweeps_and_watches_are_told_apart(row, label):
   assert compare._comparable("run", row)["label"] == label
 
 
+def test_runs_of_one_name_are_called_by_their_paths(tmp_path, results):
+  other = tmp_path / "other" / "digits"
+  shutil.copytree(tmp_path / "digits", other)
+  paths = [tmp_path / "digits", other, tmp_path / "edm.jsonl"]
+  found = compare.load_all(paths)
+  assert [result.name for result in found] == [str(paths[0]), str(other), "edm"]
+  assert found[1].grids[0][1] == f"{other}: after 7 updates"
+  compare.write_comparison(tmp_path / "page.html", found)
+  assert str(other) in (tmp_path / "page.html").read_text()
+
+
 def test_bad_results_are_one_line(tmp_path, results):
-  with pytest.raises(types.UserError, match="edm, edm: their names must differ"):
+  with pytest.raises(types.UserError, match="edm, edm: each must be named once"):
     compare.write_comparison(tmp_path / "a.html", [results[0]] * 2)
   for content, message in (("{}\n", "line 1, is no result"), ("x\n", "line 1, is no JSON")):
     (tmp_path / "bad.jsonl").write_text(content)
