@@ -14,7 +14,15 @@ from typing import NamedTuple
 from dimo_jax.data.folders import EXTENSIONS, holds_classes
 from dimo_jax.types import UserError
 
-__all__ = ["PLACES", "Entry", "Listing", "classes_sha256", "is_imagenet", "list_source"]
+__all__ = [
+  "PLACES",
+  "Entry",
+  "Listing",
+  "classes_sha256",
+  "is_imagenet",
+  "list_source",
+  "path_in_source",
+]
 
 # Of ImageNet's 1000 sorted synset names: published teachers number the classes so.
 _IMAGENET_SHA256 = "70002b0ff5de60a3a17a82dbfcff291931f96225ddf941ad2e182fc39e183d15"
@@ -141,6 +149,17 @@ def list_source(source: str, labels_path: str = "", val_fraction: float = 0.0) -
       for item in sorted(inside, key=lambda item: item[:2])
     ]
   return Listing(classes, splits, sorted(skipped))
+
+
+def path_in_source(name: str, source: str, *, divided: bool) -> str:
+  """Where to look for an image of the listing: its place in the source, its class and its file.
+
+  Args:
+    name: of an entry, or of what was skipped.
+    divided: whether the source was listed with a `val_fraction`.
+  """
+  split, _, rest = name.partition("/")
+  return rest if divided else f"{os.path.basename(_place(source, split))}/{rest}"
 
 
 def _divided(

@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -20,7 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from dimo_jax.data.listing import Listing, classes_sha256, is_imagenet, list_source
+from dimo_jax.data.listing import (
+  Listing,
+  classes_sha256,
+  is_imagenet,
+  list_source,
+  path_in_source,
+)
 from dimo_jax.data.prepared import MANIFEST, UNFINISHED, labels_file
 from dimo_jax.data.shards import Shard, make_features, write_shard
 from dimo_jax.health import RunStopped
@@ -355,12 +361,20 @@ def _finish(
     split_infos=infos,
     check_data=False,
   )
+
+  def in_source(named: Iterable[Sequence[str]]) -> list[dict[str, str]]:
+    divided = "val_fraction" in settings
+    return [
+      {"file": path_in_source(name, source, divided=divided), "reason": reason}
+      for name, reason in named
+    ]
+
   report = {
     "source": source,
     "images": num_images,
     "kinds": dict(sorted(counts.items())),
-    "corrupt": [{"file": name, "reason": reason} for name, reason in corrupt],
-    "skipped": [{"file": name, "reason": reason} for name, reason in listing.skipped],
+    "corrupt": in_source(corrupt),
+    "skipped": in_source(listing.skipped),
   }
   write_atomically(folder / REPORT, json.dumps(report, indent=2) + "\n")
   manifest = settings | {

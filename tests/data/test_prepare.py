@@ -178,8 +178,13 @@ def test_a_folder_of_classes_is_divided(tree, tmp_path):
   for fraction, number in [(0.01, 1), (0.99, 5)]:  # of six images each
     splits = list_source(str(source), val_fraction=fraction).splits
     assert len(splits["validation"]) == number * len(CLASSES)
+  damaged = min(names["validation"])
+  (source / damaged).write_bytes(b"no image")
   out = prepared(source, tmp_path / "out", val_fraction=0.3)
-  assert len(load_source("prepared", "test", str(out))) == 6
+  assert len(load_source("prepared", "test", str(out))) == 6 - 1
+  report = json.loads((out / "report.json").read_text())
+  assert [item["file"] for item in report["corrupt"]] == [damaged]
+  assert [item["file"] for item in report["skipped"]] == ["notes.png"]
   with pytest.raises(UserError, match=r"with val_fraction 0\.3, not 0\.5; name"):
     prepared(source, out, val_fraction=0.5)
 
@@ -189,6 +194,7 @@ def test_what_cannot_be_used_is_named_and_left_out(tree, tmp_path, capsys):
   break_tree(tmp_path / "tree")
   out = prepared(tmp_path / "tree", tmp_path / "out", images_per_shard=2)  # one shard is all broken
   report = json.loads((out / "report.json").read_text())
+  assert all((tmp_path / "tree" / item["file"]).is_file() for item in report["corrupt"])
   corrupt = {item["file"].removeprefix("train/a/"): item["reason"] for item in report["corrupt"]}
   assert sorted(corrupt) == sorted(BROKEN)
   for name, reason in BROKEN.items():
@@ -584,7 +590,7 @@ def test_a_damaged_preparation_is_one_line(change, message, uninterrupted, tmp_p
   [
     (["--size=64"], "--source is missing; name the folder"),
     (["--source=/tmp", "--size=64"], "--out is missing; name a folder"),
-    (["--source=/tmp", "--out=/tmp/x", "--size=big"], "flag --size=big"),
+    (["--source=/tmp", "--out=/tmp/x", "--size=big"], "--size=big must be a whole number"),
   ],
 )
 def test_the_command_answers_in_one_line(arguments, message):
