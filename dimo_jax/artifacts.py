@@ -273,6 +273,7 @@ class Parts:
     name: for error messages.
     role: "generator" or "teacher".
     clock: of the training, where a generator's sampling settings warm up.
+    step: generator updates done, where a workdir says so.
   """
 
   name: str
@@ -280,6 +281,7 @@ class Parts:
   weights: Weights
   role: str
   clock: int = 0
+  step: int | None = None
 
   def sampler(self, models: Models) -> Sampler:
     """The generator's or the teacher's own."""
@@ -391,7 +393,8 @@ class Run:
 
   def parts(self) -> Parts:
     """What makes a sampler of it."""
-    return Parts(str(self.workdir), self.recipe, self.weights, "generator", self.clock)
+    name = str(self.workdir)
+    return Parts(name, self.recipe, self.weights, "generator", self.clock, self.step)
 
 
 def read_run(

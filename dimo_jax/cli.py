@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from dimo_jax.allocator import keep_freed_memory
 from dimo_jax.preemption import RESUME_EXIT_CODE, STOP, Preempted
-from dimo_jax.types import UserError
+from dimo_jax.types import UserError, suggest
 
 BAD_INPUT, STOPPED = 2, 3  # exit codes, beside preemption.RESUME_EXIT_CODE
 
@@ -144,11 +144,19 @@ def _parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
     text = f"{given[-1]}: no such field" if given else f"--config: {error}"
     raise UserError(text + "".join(f"; did you mean {name!r}?" for name in near)) from error
   except OSError as error:
-    raise UserError(f"--config: {str(error).splitlines()[-1].strip()}") from error
+    text = str(error).splitlines()[-1].strip()
+    missing = re.search(r"No such file or directory: '(.+)'", text)
+    if missing:
+      path = Path(missing[1])
+      names = [p.name for p in path.parent.glob("[!_]*.py")]
+      text = f"{path} does not exist" + (suggest(path.name, names) if names else "")
+    raise UserError(f"--config: {text}") from error
   except (flags.Error, TypeError, ValueError) as error:
     # A config file's own error arrives with its whole traceback; its last line says it.
     lines = str(error).strip().splitlines()
     text = lines[-1].partition(": ")[2] if "Traceback" in str(error) else " ".join(lines)
+    if "get_config() takes 0 positional arguments" in text:
+      text = "--config: this file has no variants; leave out the colon and what follows it"
     raise UserError(_of_type(" ".join(text.split()))) from error
 
 

@@ -77,6 +77,8 @@ def _dispatch() -> None:
       " --checkpoint"
     )
   if given is None and not is_export and not (workdir / CONFIG_FILE).exists():
+    if _MODE.value in ("evaluate", "sample"):
+      records.check_trained(workdir)
     raise UserError(
       f"--config is missing, and --workdir={str(workdir)!r} has recorded none; name a config, such"
       " as --config=configs/digits.py"

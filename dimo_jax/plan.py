@@ -28,6 +28,8 @@ from dimo_jax.data.sources import SOURCES
 from dimo_jax.sharding import abstract_mesh, bytes_per_device, check_batch, make_mesh
 from dimo_jax.start import initial_state, on_host
 from dimo_jax.state import DistillState, Nets, NetworkState
+from dimo_jax.teachers import build_tokenizer
+from dimo_jax.teachers.vqgan import RANDOM
 from dimo_jax.types import Params, UserError
 from dimo_jax.writers import say
 
@@ -92,7 +94,9 @@ class Planner:
     check_batch(train.batch_size, abstract_mesh(num_devices, config.mesh.fsdp), "train.batch_size")
     self._mesh = make_mesh(1, jax.devices()[:1])  # not planned for: networks need one to be built
     self.experiment = build(without_files(config), self._mesh)
-    say("from shapes alone, which takes a minute for the largest networks:")
+    say(
+      "of the distillation alone, not of a teacher's training; a minute for the largest networks:"
+    )
     self.teacher, self.state = shapes(self.experiment)
     self._section = "model" if self.experiment.teacher.kind == "masked" else "denoiser"
     remat = config[self._section].remat
@@ -267,9 +271,10 @@ def plan(
     "total_bytes": memory.total,
     "model_flops": flops,
   }
-  if device_memory_gib is not None:
-    limit = int(device_memory_gib * _GIB)
-    result |= _advise(planner, memory, limit)
+  if device_memory_gib is None:
+    say("--device_memory_gib=16 or the like says whether that fits, and what would make it fit")
+  else:
+    result |= _advise(planner, memory, int(device_memory_gib * _GIB))
   say(json.dumps(result))
   return result
 
@@ -307,8 +312,15 @@ def without_files(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
   config = copy.deepcopy(config)
   config.teacher.path, config.train.start_from = "random", ""
   config.evaluation.protocol = "none"
+  if config.tokenizer.name == "vqgan":
+    config.tokenizer.path = config.tokenizer.path or RANDOM
   source = SOURCES.get(config.data.name)
-  known = source is not None and "image_size" in source.fields and config.data.image_size
+  sized = source is not None and "image_size" in source.fields
+  if sized and not config.data.image_size and config.tokenizer.name == "vqgan":
+    shape = build_tokenizer(config, None).image_shape
+    assert shape is not None  # a VQGAN's is known from its sizes
+    config.data.image_size = shape[0]
+  known = sized and config.data.image_size
   if source is not None and "path" in source.fields and (known or not config.data.path):
     if not config.data.image_size:
       raise UserError(

@@ -57,7 +57,7 @@ def parse_labels(text: str, num_classes: int, num: int | None = None) -> np.ndar
   An empty text means the classes in turn, without `num` four of each of the first ten.
 
   Raises:
-    UserError: not integers, out of range, or no positive number.
+    UserError: not integers, out of range, or a number that is not positive or too small for them.
   """
   num_classes = max(num_classes, 1)
   if num is not None and num < 1:
@@ -76,6 +76,8 @@ def parse_labels(text: str, num_classes: int, num: int | None = None) -> np.ndar
   wrong = labels[(labels < 0) | (labels >= num_classes)]
   if wrong.size:
     raise UserError(f"--labels={text!r}: {wrong[0]} must lie in 0 .. {num_classes - 1}")
+  if num is not None and num < len(labels):
+    raise UserError(f"--num={num} is fewer than the classes of --labels={text!r}, {len(labels)}")
   return labels if num is None else np.resize(labels, num)
 
 
@@ -103,9 +105,12 @@ def write_grid(
       raise UserError(f"--out={str(out)!r} cannot be written: {error.strerror}") from error
 
   on_first(write)
-  num_steps = steps or artifact.num_steps
+  num_steps, role = steps or artifact.num_steps, artifact.role
+  if isinstance(artifact, artifacts.NetworkArtifact) and artifact.parts.step is not None:
+    total = artifact.parts.recipe.config.train.num_steps
+    role += f" after {artifact.parts.step} of {total} updates"
   say(
-    f"{len(labels)} pictures in {out}; {artifact.role}, {num_steps}"
+    f"{len(labels)} picture{'s' if len(labels) > 1 else ''} in {out}; {role}, {num_steps}"
     f" step{'s' if num_steps > 1 else ''}: {len(labels) / samples.seconds:.1f} images/s, after"
     f" {samples.compile_seconds:.1f} s of compilation"
   )

@@ -190,7 +190,11 @@ def test_a_bad_value_has_one_line_that_says_what_is_right(refused, argument, nee
   ("arguments", "needles"),
   [
     (["--config=configs/debug.py:dmd"], ["error: configs/debug.py:dmd is unknown; known: dimo,"]),
-    (["--config=configs/nowhere.py"], ["--config", "configs/nowhere.py", "No such file"]),
+    (["--config=configs/digit.py"], ["--config: configs/digit.py does not exist", "'digits.py'"]),
+    (["--config=nowhere/digit.py"], ["--config: nowhere/digit.py does not exist\n"]),
+    (["--config=configs/digits.py:four"], ["--config: this file has no variants; leave out"]),
+    (["--mode=sample"], ["/run' does not exist; run --mode=train there first"]),
+    (["--mode=evaluate"], ["/run' does not exist; run --mode=train there first"]),
     ([], ["--config is missing", "configs/digits.py"]),
     (
       [
@@ -407,7 +411,10 @@ def test_samples_follow_labels_and_seed(command, reference, tmp_path):
       f"--out={out}",
     )
     assert code == 0, (err, text)
-    assert text.splitlines()[-1].startswith(f"3 pictures in {out}; ")
+    said = (
+      f"3 pictures in {out}; generator after {commands.NUM_STEPS} of {commands.NUM_STEPS} updates"
+    )
+    assert text.splitlines()[-1].startswith(said)
     with Image.open(out) as image:
       return np.asarray(image)
 

@@ -141,10 +141,11 @@ def test_a_sharding_that_a_rule_forbids_is_not_advised():
   assert "shard" not in planner.remedies(int(0.4 * state + rest))
 
 
-@pytest.mark.parametrize("preset", ["digits", "digits_dmd2", "imagenet256"])
+@pytest.mark.parametrize("preset", ["digits", "digits_dmd2", "imagenet256", "imagenet256_teacher"])
 def test_a_preset_is_planned_without_its_files(preset, capsys):
   config = importlib.import_module(f"configs.{preset}").get_config()
   result = plan.plan(config, 8, 16.0)
+  assert result["layout"]["batch_size"] == config.train.batch_size
   *lines, last = capsys.readouterr().out.splitlines()
   assert json.loads(last) == result
   assert config.teacher.path == "" and config.data.name != "noise"  # as it was given

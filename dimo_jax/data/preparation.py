@@ -37,7 +37,8 @@ from dimo_jax.writers import clock, write_atomically
 __all__ = ["prepare"]
 
 FORMAT = 1  # of a prepared folder
-IMAGES_PER_SHARD = 1024  # 0.1 GB of photographs at 256 pixels; what a kill costs a worker
+MAX_IMAGES_PER_SHARD = 1024  # 0.1 GB of photographs at 256 pixels
+_MIN_IMAGES_PER_SHARD, _NUM_SHARDS = 32, 16  # of a small set
 REPORT = "report.json"
 _SETTINGS, _LOCK = "settings.json", "lock"  # within UNFINISHED, beside a record of each shard
 _NAME = "images"  # tfds wants a data set to have one, in its files' names
@@ -54,7 +55,7 @@ def prepare(
   num_workers: int = 0,
   labels_path: str = "",
   val_fraction: float = 0.0,
-  images_per_shard: int = IMAGES_PER_SHARD,
+  images_per_shard: int = 0,
 ) -> None:
   """Writes the images of `source` to the folder `out`, or goes on where it was interrupted.
 
@@ -66,6 +67,7 @@ def prepare(
     size: pixels a side.
     num_workers: processes; 0 is one for each core.
     labels_path, val_fraction: as in `list_source`.
+    images_per_shard: what a kill costs a worker; 0: a sixteenth of a small set, at most 1024.
 
   Raises:
     UserError: bad arguments, an unusable source, or an `out` that holds something else.
@@ -73,7 +75,8 @@ def prepare(
   """
   folder = Path(out)
   _check_arguments(source, out, size, num_workers, val_fraction)
-  settings: dict[str, Any] = {"format": FORMAT, "size": size, "images_per_shard": images_per_shard}
+  settings: dict[str, Any] = {"format": FORMAT, "size": size}
+  settings |= {"images_per_shard": images_per_shard} if images_per_shard else {}
   settings |= {"val_fraction": val_fraction} if val_fraction else {}
   _check_settings(folder, out, settings)
   print(f"listing {source}", flush=True)
@@ -82,13 +85,17 @@ def prepare(
     "classes_sha256": classes_sha256(listing.classes),
     "source_sha256": listing.sha256(),
   }
+  num_images = sum(map(len, listing.splits.values()))
+  settings["images_per_shard"] = (
+    images_per_shard or _begun_shards(folder) or _shard_size(num_images)
+  )
   _describe(source, listing)
   if _check_settings(folder, out, settings):
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     print(f"{out} is prepared already{_left_out(folder)}", flush=True)
     return
   with _begun(folder, out, settings):
-    shards = _plan(folder, listing, size, images_per_shard)
+    shards = _plan(folder, listing, size, settings["images_per_shard"])
     records = _write_shards(folder, shards, num_workers or _num_cores())
     _finish(folder, source, listing, settings, shards, records)
   print(f"{out} is ready: data.name='prepared', data.path={out!r}", flush=True)
@@ -134,6 +141,19 @@ def _check_settings(folder: Path, out: str, settings: dict[str, Any]) -> bool:
   except (OSError, ValueError) as error:
     raise UserError(f"--out={out!r} cannot be used: {error}") from error
   return False
+
+
+def _shard_size(num_images: int) -> int:
+  """Images in each shard: enough shards to share among workers, and not too many files."""
+  return min(max(-(-num_images // _NUM_SHARDS), _MIN_IMAGES_PER_SHARD), MAX_IMAGES_PER_SHARD)
+
+
+def _begun_shards(folder: Path) -> int:
+  """Images in each shard of what is prepared there already, or in part; else 0."""
+  for name in (MANIFEST, f"{UNFINISHED}/{_SETTINGS}"):
+    if (folder / name).exists():
+      return json.loads((folder / name).read_text(encoding="utf-8"))["images_per_shard"]
+  return 0
 
 
 def _left_out(folder: Path) -> str:

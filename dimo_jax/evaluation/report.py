@@ -259,7 +259,7 @@ def quality_plots(results: Sequence[Row]) -> list[dict[str, str]]:
       continue
     if floor is not None:
       distance = floor["frechet_distance"]
-      axes.axhline(distance, label="real data (floor)", color=INK, linestyle="--", linewidth=1)
+      axes.axhline(distance, label="real test images", color=INK, linestyle="--", linewidth=1)
     axes.set_xscale("log", base=10 if is_time else 2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())

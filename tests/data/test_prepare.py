@@ -20,6 +20,7 @@ from dimo_jax.data import preparation
 from dimo_jax.data.listing import is_imagenet, list_source
 from dimo_jax.data.pipeline import image_batches
 from dimo_jax.data.preparation import prepare
+from dimo_jax.data.prepared import MANIFEST
 from dimo_jax.data.shards import Shard
 from dimo_jax.data.sources import load_source
 from dimo_jax.health import RunStopped, disk_is_full
@@ -187,6 +188,19 @@ def test_a_folder_of_classes_is_divided(tree, tmp_path):
   assert [item["file"] for item in report["skipped"]] == ["notes.png"]
   with pytest.raises(UserError, match=r"with val_fraction 0\.3, not 0\.5; name"):
     prepared(source, out, val_fraction=0.5)
+
+
+def test_shards_are_small_where_images_are_few(tree, tmp_path):
+  sizes = {18: 32, 16 * 100: 100, 16 * 100 + 1: 101, 1_281_167: 1024}
+  assert {num: preparation._shard_size(num) for num in sizes} == sizes
+  out = prepared(tree, tmp_path / "out", images_per_shard=0)
+  assert json.loads((out / MANIFEST).read_text())["images_per_shard"] == 32
+  old = prepared(tree, tmp_path / "old", images_per_shard=4)
+  before = contents(old)
+  prepared(tree, old, images_per_shard=0)  # as it was begun
+  assert contents(old) == before
+  with pytest.raises(UserError, match="with images_per_shard 4, not 5; name a new folder"):
+    prepared(tree, old, images_per_shard=5)
 
 
 def test_what_cannot_be_used_is_named_and_left_out(tree, tmp_path, capsys):

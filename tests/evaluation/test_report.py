@@ -146,7 +146,7 @@ def test_only_recorded_curves_are_drawn_and_follow_the_theme(tmp_path, arguments
   assert "var(--series-0)" in text and "var(--ink)" in text
   label = [value for tag, value in page.texts if tag == "text"]
   assert {"5", "10", "20"} <= set(label)  # milliseconds at 200, 100 and 50 images per second
-  assert "milliseconds per image" in label and "real data (floor)" in label
+  assert "milliseconds per image" in label and "real test images" in label
 
 
 def test_distances_far_apart_share_a_logarithmic_axis():
