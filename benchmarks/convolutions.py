@@ -7,10 +7,13 @@ that of the kernel, float32, in GFLOP/s of the median call.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+from dimo_jax.allocator import keep_freed_memory
 
 _BATCH = 8
 _PAUSE_S = 0.3  # one library's threads look for work a while after a call, which slows the other's
@@ -79,6 +82,8 @@ def main() -> None:
   arguments = parser.parse_args()
   if arguments.repeats < 1:
     parser.error(f"--repeats={arguments.repeats} must be 1 or more")
+  keep_freed_memory()
+  os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: PyTorch's side runs there
   print("| side, channels | pass | JAX | PyTorch |\n| --- | --- | --- | --- |")
   for side, channels, features in _SIZES:
     ours, theirs = in_jax(side, channels, features), in_torch(side, channels, features)

@@ -395,13 +395,17 @@ def changed_fields(directory: Path, fields: Mapping[str, Any]) -> dict[str, str]
 def refuse_changes(directory: Path, changed: Mapping[str, str]) -> None:
   """Raises UserError, naming every changed field, if there are any."""
   if changed:
-    order = sorted(changed.items(), key=lambda item: (item[0] != "objective", item[0]))
-    listed = "; ".join(f"{name} {change}" for name, change in order[:_MAX_LISTED])
-    more = f"; and {len(order) - _MAX_LISTED} more" if len(order) > _MAX_LISTED else ""
     raise UserError(
-      f"{directory} was begun with another config: {listed}{more}."
+      f"{directory} was begun with another config: {listed(changed)}."
       " Undo the change, or use a new --workdir; evaluating and sampling need no --config"
     )
+
+
+def listed(changed: Mapping[str, str]) -> str:
+  """Changed fields in one line: the objective first, and not more than a reader can take in."""
+  order = sorted(changed.items(), key=lambda item: (item[0] != "objective", item[0]))
+  more = f"; and {len(order) - _MAX_LISTED} more" if len(order) > _MAX_LISTED else ""
+  return "; ".join(f"{name} {change}" for name, change in order[:_MAX_LISTED]) + more
 
 
 def params_hash(params: Params) -> str:

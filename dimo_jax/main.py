@@ -140,10 +140,14 @@ def _plan() -> None:
   import jax
 
   jax.config.update("jax_platforms", "cpu")  # nothing runs, whatever devices this machine has
-  from dimo_jax import plan, target
+  from dimo_jax import plan, records, target
   from dimo_jax.recipe import Recipe
 
-  config = Recipe.load(workdir).config if config is None else config
+  if config is None:
+    records.check_begun(workdir)
+    recipe = Recipe.load(workdir)
+    recipe.models(str(workdir))  # a config of another version shows here
+    config = recipe.config
 
   if _TARGET.value:
     for name in ("devices", "device_memory_gib"):

@@ -82,7 +82,7 @@ class Planner:
   """The shapes of one config's distillation, and what they cost under a layout."""
 
   def __init__(self, config: ml_collections.ConfigDict, num_devices: int):
-    """Traces the networks.
+    """Builds the networks; they are traced when first asked for.
 
     Raises:
       UserError: a config that cannot work, or no devices.
@@ -94,15 +94,25 @@ class Planner:
     check_batch(train.batch_size, abstract_mesh(num_devices, config.mesh.fsdp), "train.batch_size")
     self._mesh = make_mesh(1, jax.devices()[:1])  # not planned for: networks need one to be built
     self.experiment = build(without_files(config), self._mesh)
-    say(
-      "of the distillation alone, not of a teacher's training; a minute for the largest networks:"
-    )
-    self.teacher, self.state = shapes(self.experiment)
     self._section = "model" if self.experiment.teacher.kind == "masked" else "denoiser"
     remat = config[self._section].remat
     self.layout = Layout(config.mesh.fsdp, train.batch_size, train.accumulation, remat)
     self._activations: dict[str, dict[str, tuple[int, int]]] = {}
     self._state_bytes: dict[int, tuple[dict[str, int], dict[str, int]]] = {}
+
+  @functools.cached_property
+  def _traced(self) -> tuple[NetworkState, DistillState]:
+    return shapes(self.experiment)
+
+  @property
+  def teacher(self) -> NetworkState:
+    """Shapes of the teacher."""
+    return self._traced[0]
+
+  @property
+  def state(self) -> DistillState:
+    """Shapes of what is trained."""
+    return self._traced[1]
 
   def activations(self, remat: str) -> dict[str, tuple[int, int]]:
     """By loss: (bytes that do not depend on the batch, bytes for each sample)."""
@@ -239,6 +249,7 @@ def plan(
   if device_memory_gib is not None and not 0 < device_memory_gib < math.inf:
     raise UserError(f"--device_memory_gib={device_memory_gib} must be positive")
   planner = Planner(config, num_devices)
+  say("of the distillation, not of a teacher's training; a minute for the largest networks:")
   layout, memory = planner.layout, planner.memory(planner.layout)
   flops = planner.experiment.model_flops
   rows = memory.state | {
@@ -327,7 +338,7 @@ def without_files(config: ml_collections.ConfigDict) -> ml_collections.ConfigDic
         f"data.image_size=0 must be the side of the images, or data.path where"
         f" data.name={config.data.name!r} lies"
       )
-    config.data.update(name="noise", tfds_name="")
+    config.data.update(name="noise", path="", tfds_name="")
   return config
 
 

@@ -20,6 +20,7 @@ from dimo_jax.checkpoint import (
   Checkpoints,
   changed_fields,
   check_record,
+  listed,
   load_params,
   params_hash,
   refuse_changes,
@@ -198,22 +199,24 @@ def recipe(experiment: Experiment) -> Recipe:
 
 def record_config(experiment: Experiment, workdir: Path) -> None:
   """Records the config in the workdir, and says in what it differs from the one before."""
-  new, old = recipe(experiment), None
+  new = recipe(experiment)
   if (workdir / CONFIG_FILE).exists():
     with contextlib.suppress(UserError):  # a damaged one is replaced
-      old = Recipe.load(workdir)
-  if old is not None:
-    before, after = (
-      traverse_util.flatten_dict(recipe.config.to_dict(), sep=".") for recipe in (old, new)
-    )
-    changed = [
-      f"{name}={after[name]!r}, before {before[name]!r}"
-      for name in after
-      if name in before and after[name] != before[name]
-    ]
-    if changed:
-      say(f"config: changed since the last start: {'; '.join(changed)}")
+      before, after = _flat(Recipe.load(workdir)), _flat(new)
+      changed = {
+        name: f"{before[name]!r} -> {after[name]!r}"
+        for name in before.keys() & after
+        if before[name] != after[name]
+      }
+      if changed:
+        say(f"config: changed since the last start: {listed(changed)}")
   new.save(workdir)
+
+
+def _flat(recorded: Recipe) -> dict[str, Any]:
+  """A recorded config's fields by dotted name, as JSON keeps them."""
+  fields = traverse_util.flatten_dict(recorded.config.to_dict(), sep=".")
+  return json.loads(json.dumps(fields))
 
 
 def save_teacher(

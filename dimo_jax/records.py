@@ -94,16 +94,23 @@ def has_checkpoints(directory: Path) -> bool:
   return bool(from_first(bool(finished_steps(directory))))
 
 
-def check_trained(workdir: Path) -> None:
-  """Raises UserError where no distillation was begun."""
-  if (workdir / "distill" / "checkpoints").is_dir():
-    return
+def check_begun(workdir: Path) -> None:
+  """Raises UserError where a folder is not there, or is an export."""
   field = f"--workdir={str(workdir)!r}"
   if not workdir.exists():
     raise UserError(f"{field} does not exist; run --mode=train there first")
   if files.export_folder(workdir) is not None:
     raise UserError(f"{field} is an export; what is asked for needs the training's own workdir")
-  raise UserError(f"{field} holds no distillation yet; run --mode=train there first")
+
+
+def check_trained(workdir: Path) -> None:
+  """Raises UserError where no distillation was begun."""
+  if (workdir / "distill" / "checkpoints").is_dir():
+    return
+  check_begun(workdir)
+  raise UserError(
+    f"--workdir={str(workdir)!r} holds no distillation yet; run --mode=train there first"
+  )
 
 
 def forget_if_fruitless(workdir: Path) -> None:

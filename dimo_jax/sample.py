@@ -32,7 +32,10 @@ _LABELS = flags.DEFINE_string(
   "labels", "", "Class ids, as in 3,1,4; repeated up to --num.", flag_values=_FLAGS
 )
 _NUM = flags.DEFINE_integer(
-  "num", None, "Number of images; default: one per label.", flag_values=_FLAGS
+  "num",
+  None,
+  "Number of images, one per label or more; default: one per label.",
+  flag_values=_FLAGS,
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of what is drawn.", flag_values=_FLAGS)
 _OUT = flags.DEFINE_string("out", "samples.png", "PNG file of the grid.", flag_values=_FLAGS)
@@ -107,8 +110,8 @@ def write_grid(
   on_first(write)
   num_steps, role = steps or artifact.num_steps, artifact.role
   if isinstance(artifact, artifacts.NetworkArtifact) and artifact.parts.step is not None:
-    total = artifact.parts.recipe.config.train.num_steps
-    role += f" after {artifact.parts.step} of {total} updates"
+    step, total = artifact.parts.step, artifact.parts.recipe.config.train.num_steps
+    role += f" after {step} of {max(step, total)} updates"
   say(
     f"{len(labels)} picture{'s' if len(labels) > 1 else ''} in {out}; {role}, {num_steps}"
     f" step{'s' if num_steps > 1 else ''}: {len(labels) / samples.seconds:.1f} images/s, after"

@@ -212,7 +212,10 @@ def compile_for(config: ml_collections.ConfigDict, target: str) -> dict[str, Any
     "collectives": collectives(compiled.as_text() or ""),
     "compile_seconds": time.perf_counter() - began,
   }
-  say(f"compiled for {mesh.size} x {result['device_kind']} in {result['compile_seconds']:.0f} s;")
+  say(
+    f"the distillation compiled for {mesh.size} x {result['device_kind']} in"
+    f" {result['compile_seconds']:.0f} s;"
+  )
   say("by the compiler's own account, on each device:")
   for name, num_bytes in result["compiler"].items():
     say(f"{name.replace('_', ' '):24s} {num_bytes / 2**30:10.3f} GiB")

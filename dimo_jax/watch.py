@@ -98,8 +98,10 @@ def watch(
     if end and any(step >= end for step in seen):
       if rows:
         best = min(rows, key=distance_of)["step"]
-        kept = copies / str(best)
-        say(f"watch: ends after step {end}; the best of {len(rows)} is step {best}, kept in {kept}")
+        said = f"the best of {len(rows)} is step {best}, kept in {copies / str(best)}"
+      else:
+        said = "no checkpoint could be evaluated"
+      say(f"watch: ends after step {max(seen)}; {said}")
       return
     if seen != waiting:
       say(f"watch: waits for a checkpoint after step {max(seen, default=0)}")

@@ -170,6 +170,15 @@ def test_imagenet64_is_planned_without_its_files(capsys):
   assert "it does not fit; accumulate: --config.mesh.fsdp=1" in capsys.readouterr().out
 
 
+def test_data_that_is_named_is_not_read_where_its_size_is_known():
+  config = importlib.import_module("configs.imagenet256_teacher").get_config()
+  for size in (0, 256):
+    config.data.update(path="/nowhere", image_size=size)
+    found = plan.without_files(config)
+    assert (found.data.name, found.data.path, found.data.image_size) == ("noise", "", 256)
+  build(found)
+
+
 @pytest.mark.parametrize(
   ("devices", "memory", "sections", "text"),
   [

@@ -51,6 +51,11 @@ def test_a_watch_goes_on_after_a_checkpoint_that_cannot_be_evaluated(workdir, tm
   ended = f"ends after step {steps[-1]}; the best of {len(steps) - 1} is step {best}, kept in "
   kept = tmp_path / "results.jsonl.checkpoints" / str(best)
   assert said.splitlines()[-1].partition(ended)[2] == str(kept) and kept.is_dir()
+  for step in steps[1:]:
+    shutil.rmtree(training / "distill" / "checkpoints" / str(step))
+  watch.watch(judge, training, tmp_path / "none.jsonl", every_seconds=0.0, until=1)
+  said = capsys.readouterr().out.splitlines()[-1]
+  assert said == f"watch: ends after step {steps[0]}; no checkpoint could be evaluated"
 
 
 def test_a_watch_tells_a_training_that_begins_anew(workdir, tmp_path):

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -21,7 +21,7 @@ __all__ = [
   "classes_sha256",
   "is_imagenet",
   "list_source",
-  "path_in_source",
+  "paths_in_source",
 ]
 
 # Of ImageNet's 1000 sorted synset names: published teachers number the classes so.
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
   """An image file.
 
   Attributes:
-    name: what records and reports call it, as in "train/n01440764/n01440764_18.JPEG".
+    name: what records call it, as in "train/n01440764/n01440764_18.JPEG".
     label: its class.
     path: of the file, or of the tar file that holds it.
     offset, num_bytes: where in that file; num_bytes -1 is the whole of it.
@@ -151,15 +151,29 @@ def list_source(source: str, labels_path: str = "", val_fraction: float = 0.0) -
   return Listing(classes, splits, sorted(skipped))
 
 
-def path_in_source(name: str, source: str, *, divided: bool) -> str:
-  """Where to look for an image of the listing: its place in the source, its class and its file.
+def paths_in_source(
+  names: Sequence[str], listing: Listing, source: str, *, divided: bool
+) -> list[str]:
+  """Where to look for what a listing names: a file's path below the source, and of what lies in a
+  tar file that one's, class and file.
 
   Args:
-    name: of an entry, or of what was skipped.
+    names: of entries, or of what was skipped.
     divided: whether the source was listed with a `val_fraction`.
   """
-  split, _, rest = name.partition("/")
-  return rest if divided else f"{os.path.basename(_place(source, split))}/{rest}"
+  wanted = set(names)
+  files = {
+    entry.name: os.path.relpath(entry.path, source)
+    for entries in listing.splits.values()
+    for entry in entries
+    if entry.num_bytes < 0 and entry.name in wanted
+  }
+
+  def path(name: str) -> str:
+    split, _, rest = name.partition("/")
+    return rest if divided else f"{os.path.basename(_place(source, split))}/{rest}"
+
+  return [files.get(name) or path(name) for name in names]
 
 
 def _divided(

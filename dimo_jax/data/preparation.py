@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -25,7 +25,7 @@ from dimo_jax.data.listing import (
   classes_sha256,
   is_imagenet,
   list_source,
-  path_in_source,
+  paths_in_source,
 )
 from dimo_jax.data.prepared import MANIFEST, UNFINISHED, labels_file
 from dimo_jax.data.shards import Shard, make_features, write_shard
@@ -67,7 +67,8 @@ def prepare(
     size: pixels a side.
     num_workers: processes; 0 is one for each core.
     labels_path, val_fraction: as in `list_source`.
-    images_per_shard: what a kill costs a worker; 0: a sixteenth of a small set, at most 1024.
+    images_per_shard: what a kill costs a worker; 0: as it was begun, else a sixteenth of the
+      images, at least 32 and at most 1024.
 
   Raises:
     UserError: bad arguments, an unusable source, or an `out` that holds something else.
@@ -86,9 +87,8 @@ def prepare(
     "source_sha256": listing.sha256(),
   }
   num_images = sum(map(len, listing.splits.values()))
-  settings["images_per_shard"] = (
-    images_per_shard or _begun_shards(folder) or _shard_size(num_images)
-  )
+  begun = _found(folder).get("images_per_shard")
+  settings["images_per_shard"] = images_per_shard or begun or _shard_size(num_images)
   _describe(source, listing)
   if _check_settings(folder, out, settings):
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
@@ -125,17 +125,16 @@ def _check_arguments(
 def _check_settings(folder: Path, out: str, settings: dict[str, Any]) -> bool:
   """Whether `folder` holds this preparation, finished; UserError where it holds another thing."""
   try:
-    for name in (MANIFEST, f"{UNFINISHED}/{_SETTINGS}"):
-      if (folder / name).exists():
-        found = json.loads((folder / name).read_text(encoding="utf-8"))
-        changed = [key for key, value in settings.items() if found.get(key) != value]
-        if changed:
-          raise UserError(
-            f"--out={out!r} holds another preparation,"
-            f" {', '.join(_difference(key, found.get(key), settings[key]) for key in changed)};"
-            " name a new folder"
-          )
-        return name == MANIFEST
+    found = _found(folder)
+    changed = [key for key, value in settings.items() if found and found.get(key) != value]
+    if changed:
+      raise UserError(
+        f"--out={out!r} holds another preparation,"
+        f" {', '.join(_difference(key, found.get(key), settings[key]) for key in changed)};"
+        " name a new folder"
+      )
+    if found:
+      return (folder / MANIFEST).exists()
     if folder.is_dir() and any(entry.name != UNFINISHED for entry in folder.iterdir()):
       raise UserError(f"--out={out!r} holds other files; name a new or empty folder")
   except (OSError, ValueError) as error:
@@ -148,12 +147,12 @@ def _shard_size(num_images: int) -> int:
   return min(max(-(-num_images // _NUM_SHARDS), _MIN_IMAGES_PER_SHARD), MAX_IMAGES_PER_SHARD)
 
 
-def _begun_shards(folder: Path) -> int:
-  """Images in each shard of what is prepared there already, or in part; else 0."""
+def _found(folder: Path) -> dict[str, Any]:
+  """The settings of what is prepared there already, or in part; empty where nothing is."""
   for name in (MANIFEST, f"{UNFINISHED}/{_SETTINGS}"):
     if (folder / name).exists():
-      return json.loads((folder / name).read_text(encoding="utf-8"))["images_per_shard"]
-  return 0
+      return json.loads((folder / name).read_text(encoding="utf-8"))
+  return {}
 
 
 def _left_out(folder: Path) -> str:
@@ -382,12 +381,10 @@ def _finish(
     check_data=False,
   )
 
-  def in_source(named: Iterable[Sequence[str]]) -> list[dict[str, str]]:
-    divided = "val_fraction" in settings
-    return [
-      {"file": path_in_source(name, source, divided=divided), "reason": reason}
-      for name, reason in named
-    ]
+  def in_source(named: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    names, divided = [name for name, _ in named], "val_fraction" in settings
+    paths = paths_in_source(names, listing, source, divided=divided)
+    return [{"file": paths[i], "reason": reason} for i, (_, reason) in enumerate(named)]
 
   report = {
     "source": source,

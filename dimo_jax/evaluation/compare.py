@@ -100,6 +100,11 @@ def load_all(paths: Sequence[str | os.PathLike]) -> list[Results]:
   Raises:
     UserError: one is named twice, or as there.
   """
+  places = [Path(path).resolve() for path in paths]
+  places = [place.parent if place.name == "results.json" else place for place in places]
+  for path, place in zip(paths, places, strict=True):
+    if places.count(place) > 1:
+      raise UserError(f"results {os.fspath(path)!r} are named twice; each must be named once")
   results = [load_results(path) for path in paths]
   names = [result.name for result in results]
   return [
@@ -116,7 +121,7 @@ def write_comparison(path: Path, results: Sequence[Results]) -> None:
   """
   names = [result.name for result in results]
   if len(set(names)) < len(names):
-    raise UserError(f"results {', '.join(names)}: each must be named once")
+    raise UserError(f"results {', '.join(names)}: their names must differ")
   groups: dict[str, list[dict[str, Any]]] = {}
   for result in results:
     for row in result.rows:

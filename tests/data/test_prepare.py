@@ -201,6 +201,9 @@ def test_shards_are_small_where_images_are_few(tree, tmp_path):
   assert contents(old) == before
   with pytest.raises(UserError, match="with images_per_shard 4, not 5; name a new folder"):
     prepared(tree, old, images_per_shard=5)
+  (old / MANIFEST).write_text('{"format": 1, "size": 6}')
+  with pytest.raises(UserError, match="with images_per_shard None, not 32"):
+    prepared(tree, old, images_per_shard=0)
 
 
 def test_what_cannot_be_used_is_named_and_left_out(tree, tmp_path, capsys):
@@ -208,7 +211,6 @@ def test_what_cannot_be_used_is_named_and_left_out(tree, tmp_path, capsys):
   break_tree(tmp_path / "tree")
   out = prepared(tmp_path / "tree", tmp_path / "out", images_per_shard=2)  # one shard is all broken
   report = json.loads((out / "report.json").read_text())
-  assert all((tmp_path / "tree" / item["file"]).is_file() for item in report["corrupt"])
   corrupt = {item["file"].removeprefix("train/a/"): item["reason"] for item in report["corrupt"]}
   assert sorted(corrupt) == sorted(BROKEN)
   for name, reason in BROKEN.items():
@@ -273,6 +275,28 @@ def test_tar_files_give_the_bytes_of_the_folders(nested, tree, uninterrupted, tm
   labels_path = str(tmp_path / "tars/labels.txt")
   out = prepared(tmp_path / "tars", tmp_path / "out", labels_path=labels_path)
   assert contents(out, but=["report.json"]) == contents(uninterrupted, but=["report.json"])
+
+
+@pytest.mark.parametrize("layout", ["classes", "flat", "tars"])
+def test_the_report_says_where_a_damaged_file_lies(layout, tree, tmp_path):
+  source = tmp_path / "source"
+  shutil.copytree(tree, source)
+  damaged = min((source / "val" / "b").iterdir())
+  damaged.write_bytes(b"no image")
+  labels = {path.name: path.parent.name for path in (source / "val").glob("*/*")}
+  options, wanted = {}, f"val/b/{damaged.name}"
+  if layout == "flat":
+    flat_validation(source)
+    wanted = f"val/{damaged.name}"
+  if layout == "tars":
+    write_tars(source, tmp_path / "tars")
+    source, wanted = tmp_path / "tars", f"ILSVRC2012_img_val.tar/b/{damaged.name}"
+  if layout != "classes":
+    (tmp_path / "labels.txt").write_text("".join(f"{labels[name]}\n" for name in sorted(labels)))
+    options = {"labels_path": str(tmp_path / "labels.txt")}
+  out = prepared(source, tmp_path / "out", **options)
+  (found,) = json.loads((out / "report.json").read_text())["corrupt"]
+  assert found["file"] == wanted
 
 
 def test_imagenet_is_recognised_and_its_validation_labels_are_known(tmp_path):

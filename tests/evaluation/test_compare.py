@@ -128,10 +128,13 @@ def test_runs_of_one_name_are_called_by_their_paths(tmp_path, results):
   assert found[1].grids[0][1] == f"{other}: after 7 updates"
   compare.write_comparison(tmp_path / "page.html", found)
   assert str(other) in (tmp_path / "page.html").read_text()
+  for again in (other, other / "results.json", tmp_path / "digits" / ".." / "other" / "digits"):
+    with pytest.raises(types.UserError, match="named twice; each must be named once"):
+      compare.load_all([*paths, again])
 
 
 def test_bad_results_are_one_line(tmp_path, results):
-  with pytest.raises(types.UserError, match="edm, edm: each must be named once"):
+  with pytest.raises(types.UserError, match="edm, edm: their names must differ"):
     compare.write_comparison(tmp_path / "a.html", [results[0]] * 2)
   for content, message in (("{}\n", "line 1, is no result"), ("x\n", "line 1, is no JSON")):
     (tmp_path / "bad.jsonl").write_text(content)

@@ -158,6 +158,19 @@ def test_distances_far_apart_share_a_logarithmic_axis():
   assert "0" in labels(24.0) and "100" not in labels(24.0)
 
 
+def test_the_highest_marker_is_whole(monkeypatch):
+  tops = []
+
+  def svg(figure, axes, title):
+    tops.append(axes.get_ylim())
+    return ""
+
+  monkeypatch.setattr(report, "_svg", svg)
+  row = {"model": "student", "sampler": "one step", "steps": 1, "images_per_second": 9.0}
+  report.quality_plots([row | {"frechet_distance": distance} for distance in (3.0, 3.0)])
+  assert len(tops) == 2 and all(low == 0 and high > 1.05 * 3.0 for low, high in tops)
+
+
 def test_long_curves_are_averaged():
   points = [(float(i), float(i % 2)) for i in range(4 * report.MAX_POINTS)]
   arguments = {"teacher": [{"step": x, "teacher/loss": y} for x, y in points]}
