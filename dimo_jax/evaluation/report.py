@@ -271,8 +271,8 @@ def quality_plots(results: Sequence[Row]) -> list[dict[str, str]]:
       axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
       axes.yaxis.set_minor_locator(NullLocator())
     else:
-      axes.margins(y=0.1)  # whole markers; before the limit, which ends the scaling
-      axes.set_ylim(bottom=0)
+      highest = max(*distances, floor["frechet_distance"] if floor else 0.0)
+      axes.set_ylim(0, 1.1 * highest or 1.0)  # whole markers
     plots.append({"title": title, "svg": _svg(figure, axes, title)})
   return plots
 
