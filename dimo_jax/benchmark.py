@@ -25,7 +25,7 @@ from dimo_jax.evaluation.report import versions
 from dimo_jax.preemption import STOP
 from dimo_jax.sharding import check_batch, shard_batch
 from dimo_jax.state import DistillState, Nets, NetworkState
-from dimo_jax.types import Metrics, Params
+from dimo_jax.types import Metrics, Params, UserError
 from dimo_jax.writers import say
 
 _REPEATS = flags.DEFINE_integer("repeats", 10, "benchmark: timed runs of each phase.")
@@ -145,12 +145,7 @@ def sampling(experiment: Experiment, params: Params, sizes: list[int], repeats: 
     One row for each of them and each size: model, sampler, steps, batch_size, seconds (the median
     latency of a batch), images_per_second, decoded (whether a decoder is part of it: a tokenizer
     that must be fitted on images is not).
-
-  Raises:
-    UserError: a batch that cannot be split over the devices.
   """
-  for size in sizes:
-    check_batch(size, experiment.mesh, "--sampling")
   tokenizer = experiment.tokenizer
   decoded = tokenizer.image_shape is not None and not tokenizer.needs_images
   decoder = tokenizer.fit(None, 0) if decoded else {}
@@ -264,13 +259,29 @@ def run(
 def dispatch() -> None:
   """Runs the benchmark that the flags describe."""
   STOP.at_once()
+  if _REPEATS.value < 1:
+    raise UserError(f"--repeats={_REPEATS.value} must be 1 or more")
+  sizes, sampled = _numbers(_PEAK_SIZES), _numbers(_SAMPLING)
   on_cpu = jax.default_backend() == "cpu"
-  sizes = [int(size) for size in _PEAK_SIZES.value or []]
   sizes = sizes or ([512, 1024, 2048] if on_cpu else [4096, 8192, 16384])
   config = cli.CONFIG.value
   config.teacher.path = "random"
-  sampled = [int(size) for size in _SAMPLING.value or []]
-  say(json.dumps(run(build(config), _REPEATS.value, sizes, sampled)))
+  experiment = build(config)
+  for size in sampled:
+    check_batch(size, experiment.mesh, "--sampling")
+  say(json.dumps(run(experiment, _REPEATS.value, sizes, sampled)))
+
+
+def _numbers(flag: flags.FlagHolder) -> list[int]:
+  """The positive numbers of a list flag."""
+  try:
+    numbers = [int(text) for text in flag.value or []]
+  except ValueError:
+    numbers = [0]
+  if any(number < 1 for number in numbers):
+    given = ",".join(flag.value)
+    raise UserError(f"--{flag.name}={given} must be numbers of 1 or more, such as 1,8,64")
+  return numbers
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from dimo_jax.types import UserError, suggest
 
 BAD_INPUT, STOPPED = 2, 3  # exit codes, beside preemption.RESUME_EXIT_CODE
 
+IMPORTED: list[str] = []  # the files of --import, as they were given
 IMPORT_HELP = "--import: Python file of rows of your own, imported first; may be repeated."
 _CONFIG_HELP = "Config file, such as configs/digits.py; --config.a.b=1 sets a field of it."
 _TYPES = {  # by what Python and absl say of a value that is none
@@ -75,7 +76,10 @@ def guarded(command: Callable[[], None]) -> None:
       raise
     else:
       traceback.print_exc()
-      sys.stderr.flush()
+      text = (
+        "if another process of the run is gone: what was saved is kept, run the same command again"
+      )
+      print(text, file=sys.stderr, flush=True)
     # A plain exit would let TensorBoard's writer try again, and say so at length; and it would wait
     # for the other processes, which wait for this one.
     os._exit(1)
@@ -92,6 +96,7 @@ def _import_files() -> None:
   except argparse.ArgumentError as error:
     raise UserError(f"--import: {error.message}; it takes a Python file") from error
   for file in known.files:
+    IMPORTED.append(file)
     path = Path(file)
     if path.suffix != ".py" or not path.stem.isidentifier():
       raise UserError(f"--import={file} must be a Python file that registers what is your own")

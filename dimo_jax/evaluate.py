@@ -48,7 +48,8 @@ def evaluate_workdir(experiment: Experiment, workdir: Path, *, checkpoint: str =
     say(f"evaluation: off (evaluation.protocol={name!r}{lacks})")
     pictures = workdir / "distill" / "pictures"
     if pictures.is_dir():
-      more = f"python -m dimo_jax.main --workdir={workdir} --mode=sample"
+      own = "".join(f" --import={file}" for file in cli.IMPORTED)
+      more = f"python -m dimo_jax.main --workdir={workdir} --mode=sample{own}"
       say(f"pictures: {pictures}; more: {more}")
     return
   judge = RunJudge.of(experiment, workdir)

@@ -329,6 +329,9 @@ def train(experiment: Experiment, workdir: Path) -> None:
   """Every stage of a run that is not yet done."""
   for line in experiment.untested:
     say(line)
+  if experiment.mesh.size > 1:
+    axes = ", ".join(f"{name} {size}" for name, size in experiment.mesh.shape.items())
+    say(f"mesh: {axes}; {experiment.mesh.size} devices, processes: {jax.process_count()}")
   distill(experiment, workdir, *make_teacher(experiment, workdir))
 
 

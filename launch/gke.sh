@@ -32,7 +32,8 @@ follow() {
     --selector="jobset.sigs.k8s.io/jobset-name=$JOB_NAME,batch.kubernetes.io/job-completion-index=0"
 }
 
-[[ ${1:-} == --dry_run ]] && DRY_RUN=1 && shift
+take_dry_run "$@"
+set -- "${ARGUMENTS[@]}"
 need JOB_NAME
 case ${1:-} in
   logs) follow ;;
@@ -40,6 +41,7 @@ case ${1:-} in
   run)
     shift
     need IMAGE CLAIM TPU_ACCELERATOR TPU_TOPOLOGY NUM_HOSTS CHIPS_PER_HOST
+    check_job "$@"
     MAX_RESTARTS=${MAX_RESTARTS:-100}
     # shellcheck disable=SC2034 # read by its name
     FLAGS=$(quote "$@")

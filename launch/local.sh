@@ -13,7 +13,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/common.sh
 
-[[ ${1:-} == --dry_run ]] && DRY_RUN=1 && shift
+take_dry_run "$@"
+set -- "${ARGUMENTS[@]}"
 [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || fail "usage: launch/local.sh [--dry_run] NUM_PROCESSES FLAGS..."
 num_processes=$1
 shift

@@ -17,6 +17,19 @@ export CLOUDSDK_CORE_DISABLE_PROMPTS=1
 on_all() { run gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$TPU_ZONE" --worker=all --command="$1"; }
 on_first() { run gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$TPU_ZONE" --worker=0 --command="$1"; }
 
+# Runs what describes the TPU, which may not be there yet; fails where it cannot be asked for.
+look() {
+  local errors code=0
+  show "$@"
+  [[ $DRY_RUN ]] && return
+  errors=$(mktemp)
+  "$@" 2> "$errors" || code=$?
+  cat "$errors" >&2
+  ((code == 0)) || grep -qE 'NOT_FOUND|was not found' "$errors" || code=255
+  rm "$errors"
+  ((code != 255)) || fail "$TPU_NAME cannot be looked at; see above"
+}
+
 # Returns once the TPU is there; one that was preempted is made anew.
 ensure() {
   local now
@@ -81,7 +94,8 @@ follow() {
 
 # main COMMAND...: what the scripts have in common.
 main() {
-  [[ ${1:-} == --dry_run ]] && DRY_RUN=1 && shift
+  take_dry_run "$@"
+  set -- "${ARGUMENTS[@]}"
   need TPU_NAME TPU_ZONE
   case ${1:-} in
     logs) follow ;;
@@ -89,6 +103,7 @@ main() {
     run)
       shift
       need TPU_TYPE TPU_VERSION
+      check_job "$@"
       local restarts=0 code
       while :; do
         ensure

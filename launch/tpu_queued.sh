@@ -14,8 +14,8 @@ COMING="CREATING ACCEPTED PROVISIONING WAITING_FOR_RESOURCES"
 GONE="SUSPENDED FAILED"
 
 state() {
-  run gcloud compute tpus queued-resources describe "$TPU_NAME" --zone="$TPU_ZONE" \
-    --format='value(state.state)' || true
+  look gcloud compute tpus queued-resources describe "$TPU_NAME" --zone="$TPU_ZONE" \
+    --format='value(state.state)'
 }
 create() {
   local spot=--spot

@@ -16,7 +16,7 @@ COMING="CREATING STARTING RESTARTING REPAIRING REIMAGING"
 GONE="PREEMPTED TERMINATED"
 
 state() {
-  run gcloud compute tpus tpu-vm describe "$TPU_NAME" --zone="$TPU_ZONE" --format='value(state)' || true
+  look gcloud compute tpus tpu-vm describe "$TPU_NAME" --zone="$TPU_ZONE" --format='value(state)'
 }
 create() {
   run gcloud compute tpus tpu-vm create "$TPU_NAME" --zone="$TPU_ZONE" \

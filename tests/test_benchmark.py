@@ -45,21 +45,45 @@ def test_flops_of_a_transformer_are_those_of_its_products():
   assert net.forward_flops == pytest.approx(counted, rel=0.05)
 
 
-@pytest.fixture(scope="module")
-def printed():
-  """Standard output of the command on the smallest config."""
-  arguments = ["--config=configs/debug.py", "--repeats=2", "--peak_sizes=64"]
-  arguments.append("--sampling=8,16")
+def command(*arguments):
+  """(exit code, standard output, standard error) of the command on the smallest config."""
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
-  out = io.StringIO()
+  out, err = io.StringIO(), io.StringIO()
   with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
     patch.chdir(commands.ROOT)
-    patch.setattr(sys, "argv", ["benchmark", *arguments])
-    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as raised:
+    patch.setattr(sys, "argv", ["benchmark", "--config=configs/debug.py", *arguments])
+    with (
+      contextlib.redirect_stdout(out),
+      contextlib.redirect_stderr(err),
+      pytest.raises(SystemExit) as raised,
+    ):
       cli.run(benchmark.dispatch)
-  assert not raised.value.code
-  return out.getvalue()
+  return raised.value.code or 0, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def printed():
+  code, out, err = command("--repeats=2", "--peak_sizes=64", "--sampling=8,16")
+  assert code == 0, err
+  return out
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("--repeats=0", "--repeats=0 must be 1 or more"),
+    ("--sampling=8,a", "--sampling=8,a must be numbers of 1 or more, such as 1,8,64"),
+    ("--sampling=0", "--sampling=0 must be numbers of 1 or more"),
+    ("--sampling=9", "--sampling=9 must be a positive multiple"),
+    ("--peak_sizes=-1", "--peak_sizes=-1 must be numbers of 1 or more"),
+  ],
+)
+def test_bad_use_has_one_line_before_anything_is_timed(argument, message, monkeypatch):
+  monkeypatch.setattr(benchmark, "run", lambda *_: pytest.fail("it was timed"))
+  code, out, err = command(argument)
+  assert (code, out, err.count("\n")) == (cli.BAD_INPUT, "", 1), err
+  assert err.startswith(f"error: {message}")
 
 
 @pytest.mark.ci

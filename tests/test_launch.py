@@ -25,7 +25,7 @@ GKE = {
 }
 FLAGS = ("--config=configs/debug.py", "--config.data.path=my data", "--workdir=/shared/run")
 
-# Takes the first unused answer "PREFIX|exit code|output" whose prefix its arguments begin with.
+# Takes the first unused answer [prefix, code, output, errors] with the prefix of its arguments.
 STUB = f"""#!{sys.executable} -SE
 import fcntl, json, pathlib, sys
 folder = pathlib.Path(__file__).parent
@@ -39,6 +39,7 @@ with open(folder / "calls", "a") as calls:
       answers.remove(answer)
       (folder / "answers").write_text(json.dumps(answers))
       print(answer[2])
+      print(*answer[3:], file=sys.stderr)
       sys.exit(answer[1])
 """
 
@@ -158,10 +159,37 @@ class TestTpu:
     assert "error: set TPU_TYPE" in err
     assert launch(script, "fly", **TPU)[0] == 2
 
-  def test_a_dry_run_prints_every_command_and_calls_nothing(self, launch, script, ready):
+  def test_only_what_is_not_found_is_made(self, launch, script, ready):
+    missing = [*self.look(script, ""), "ERROR: NOT_FOUND: Resource tpu was not found"]
+    missing[1] = 1
+    answers = [missing, self.look(script, ready)]
+    code, _, err, calls = launch(script, "run", *FLAGS, answers=answers, **TPU)
+    assert code == 0, err
+    assert verbs(calls) == ["describe", "create", "describe", *RUN]
+    refused = [*missing[:3], "ERROR: Failed to find attribute [project]"]
+    code, _, err, calls = launch(script, "run", *FLAGS, answers=[refused], **TPU)
+    assert (code, verbs(calls)) == (2, ["describe"])
+    assert "[project]" in err and "error: tpu cannot be looked at; see above" in err
+
+  @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+      (["--config=configs/debug.py"], "--workdir is missing; name a folder that every host sees"),
+      (["--workdir=/x", "--config=configs/debg.py:a"], "--config=configs/debg.py:a does not exist"),
+    ],
+  )
+  def test_no_tpu_is_made_for_a_job_that_cannot_run(self, launch, script, ready, flags, message):
     del ready
-    code, _, err, calls = launch(script, "--dry_run", "run", *FLAGS, **TPU)
-    assert (code, calls) == (0, [])
+    code, _, err, calls = launch(script, "run", *flags, **TPU)
+    assert (code, calls) == (2, []) and f"error: {message}" in err
+
+  @pytest.mark.parametrize("place", [0, 1, 3])
+  def test_a_dry_run_prints_every_command_and_calls_nothing(self, launch, script, ready, place):
+    del ready
+    arguments = ["run", *FLAGS]
+    arguments.insert(place, "--dry_run")
+    code, _, err, calls = launch(script, *arguments, **TPU)
+    assert (code, calls) == (0, []) and err.count("dry_run") == 0
     printed = [line.split() for line in err.splitlines() if line.startswith("+ gcloud")]
     assert [words[5] for words in printed] == ["describe", "create", "scp", "ssh", "ssh", "ssh"]
     assert "+ git ls-files" in err and "+ tar" in err
@@ -231,6 +259,15 @@ def start_local(tmp_path, first, second):
     stderr=subprocess.PIPE,
     text=True,
   )
+
+
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_a_local_dry_run_starts_nothing(launch, place):
+  arguments = ["2", *FLAGS]
+  arguments.insert(place, "--dry_run")
+  code, out, err, _ = launch("local.sh", *arguments, PYTHON=sys.executable)
+  assert (code, out) == (0, ""), err
+  assert err.count("+ env JAX_LOCAL_DEVICE_IDS") == 2 and "dry_run" not in err
 
 
 def test_local_processes_know_each_other(tmp_path):

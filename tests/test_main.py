@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from configs import debug
-from dimo_jax import build, checkpoint, cli, main, prepare, records, train
+from dimo_jax import build, checkpoint, cli, evaluate, main, prepare, records, train
 from dimo_jax.convert import files
 from dimo_jax.health import RunStopped
 from dimo_jax.preemption import Preempted
@@ -583,6 +583,16 @@ def test_a_run_is_planned_by_the_config_that_it_has_recorded(command, tmp_path):
   assert (code, out) == (cli.BAD_INPUT, "") and "and this version differs" in err
   code, out, err = command("--mode=plan", f"--workdir={tmp_path}", "--devices=5")
   assert (code, out) == (cli.BAD_INPUT, "") and "train.batch_size=24 must be a" in err
+
+
+def test_what_draws_more_imports_what_the_run_imported(tmp_path, monkeypatch, capsys):
+  config = debug.get_config()
+  config.evaluation.protocol = "none"
+  (tmp_path / "distill" / "pictures").mkdir(parents=True)
+  monkeypatch.setattr(cli, "IMPORTED", ["own.py", "more.py"])
+  evaluate.evaluate_workdir(build.build(config), tmp_path)
+  said = capsys.readouterr().out
+  assert f"--workdir={tmp_path} --mode=sample --import=own.py --import=more.py\n" in said
 
 
 def test_what_was_never_distilled_is_told_apart(tmp_path):
