@@ -83,7 +83,9 @@ def test_what_is_imported_does_not_hide_what_is_ours(command, tmp_path, monkeypa
   (tmp_path / "helper_of_own_rows.py").write_text("")
   file = tmp_path / "own_rows_of_a_test.py"
   file.write_text("import helper_of_own_rows\nfrom configs import base\n")
+  monkeypatch.setattr(cli, "IMPORTED", [])
   code, out, _ = command("--import", str(file), "--help")
+  assert [str(file)] == cli.IMPORTED
   assert code == 0 and "--import: Python file" in out
   assert sys.modules["own_rows_of_a_test"].base.__file__ != str(tmp_path / "configs" / "base.py")
 
