@@ -58,12 +58,12 @@ class Results:
   drawn: Sequence[str | None]
 
 
-def load_results(path: str | os.PathLike, *, whole_name: bool = False) -> Results:
+def load_results(path: str | os.PathLike, *, num_parts: int = 1) -> Results:
   """The results of a workdir (or its `results.json`, with its last pictures) or of a file of JSON
   lines.
 
   Args:
-    whole_name: whether they are called by the whole path, not by its last part.
+    num_parts: of the path's end, by which they are called.
 
   Raises:
     UserError: there are none, or they cannot be read.
@@ -71,7 +71,8 @@ def load_results(path: str | os.PathLike, *, whole_name: bool = False) -> Result
   path = Path(path)
   if path.name == "results.json":
     path = path.absolute().parent
-  name = str(path) if whole_name else path.name if path.is_dir() else path.stem
+  place = path.absolute() if path.is_dir() else path.absolute().with_suffix("")
+  name = "/".join(place.parts[-num_parts:])
   if not path.is_dir():
     rows = read_rows(path)
     shown = [row for row in rows if row.get("pictures")]
@@ -95,7 +96,7 @@ def load_results(path: str | os.PathLike, *, whole_name: bool = False) -> Result
 
 
 def load_all(paths: Sequence[str | os.PathLike]) -> list[Results]:
-  """`load_results` of each; where two would be called alike, both are called by their whole path.
+  """`load_results` of each, called by as much of the path's end as tells all of them apart.
 
   Raises:
     UserError: one is named twice, or as there.
@@ -105,12 +106,11 @@ def load_all(paths: Sequence[str | os.PathLike]) -> list[Results]:
   for path, place in zip(paths, places, strict=True):
     if places.count(place) > 1:
       raise UserError(f"results {os.fspath(path)!r} are named twice; each must be named once")
-  results = [load_results(path) for path in paths]
-  names = [result.name for result in results]
-  return [
-    load_results(path, whole_name=True) if names.count(result.name) > 1 else result
-    for path, result in zip(paths, results, strict=True)
-  ]
+  for num_parts in range(1, max((len(place.parts) for place in places), default=1) + 1):
+    results = [load_results(path, num_parts=num_parts) for path in paths]
+    if len({result.name for result in results}) == len(results):
+      break
+  return results
 
 
 def write_comparison(path: Path, results: Sequence[Results]) -> None:

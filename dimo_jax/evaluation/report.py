@@ -421,7 +421,7 @@ body {
   margin: 0 auto; max-width: 1120px; padding: 1.5rem 1rem 3rem; background: var(--paper);
   color: var(--ink); font: 16px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif;
 }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 1.25rem; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 1.25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2.25rem 0 .75rem; }
 h3 { font-size: .9rem; margin: 0 0 .25rem; font-weight: 600; }
 p { max-width: 70ch; margin: 0 0 .75rem; overflow-wrap: anywhere; }

@@ -119,15 +119,17 @@ def test_rows_of_sweeps_and_watches_are_told_apart(row, label):
   assert compare._comparable("run", row)["label"] == label
 
 
-def test_runs_of_one_name_are_called_by_their_paths(tmp_path, results):
+def test_runs_of_one_name_are_called_by_more_of_their_paths(tmp_path, results):
   other = tmp_path / "other" / "digits"
   shutil.copytree(tmp_path / "digits", other)
   paths = [tmp_path / "digits", other, tmp_path / "edm.jsonl"]
+  assert [result.name for result in compare.load_all(paths[1:])] == ["digits", "edm"]
   found = compare.load_all(paths)
-  assert [result.name for result in found] == [str(paths[0]), str(other), "edm"]
-  assert found[1].grids[0][1] == f"{other}: after 7 updates"
+  here = tmp_path.name
+  assert [result.name for result in found] == [f"{here}/digits", "other/digits", f"{here}/edm"]
+  assert found[1].grids[0][1] == "other/digits: after 7 updates"
   compare.write_comparison(tmp_path / "page.html", found)
-  assert str(other) in (tmp_path / "page.html").read_text()
+  assert ">other/digits<" in (tmp_path / "page.html").read_text()
   for again in (other, other / "results.json", tmp_path / "digits" / ".." / "other" / "digits"):
     with pytest.raises(types.UserError, match="named twice; each must be named once"):
       compare.load_all([*paths, again])
