@@ -339,9 +339,8 @@ def _from_published(experiment: Experiment, field: str, archive: Archive) -> Par
 def _check_untold(experiment: Experiment, field: str, trained: Mapping[str, Any]) -> None:
   """Raises UserError where a teacher of ours differs in what no shape of its weights tells."""
   for name in _UNTOLD:
-    wanted = json.loads(
-      json.dumps(records.flat_fields(experiment.config, name)[name])
-    )  # as it is kept
+    value = records.flat_fields(experiment.config, name)[name]
+    wanted = json.loads(json.dumps(value))  # as it is kept
     if trained.get(name, wanted) != wanted:
       raise UserError(
         f"{field} was trained with {name}={trained[name]!r}, and the config says {wanted!r}"

@@ -538,7 +538,9 @@ def test_what_was_not_tried_is_said_before_anything_is_trained(tmp_path, monkeyp
   monkeypatch.setattr(train, "make_teacher", make_teacher)
   with pytest.raises(Preempted):
     train.train(build.build(config), tmp_path)
-  assert capsys.readouterr().out.count("learning_rate=0.5 lies outside of 0.0001 .. 0.0002") == 2
+  said = capsys.readouterr().out
+  assert said.count("learning_rate=0.5 lies outside of 0.0001 .. 0.0002") == 2
+  assert said.endswith("mesh: data 8, fsdp 1; 8 devices, processes: 1\n")
 
 
 def test_a_config_that_changed_is_said(tmp_path, capsys):

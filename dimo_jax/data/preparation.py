@@ -37,7 +37,7 @@ from dimo_jax.writers import clock, write_atomically
 __all__ = ["prepare"]
 
 FORMAT = 1  # of a prepared folder
-MAX_IMAGES_PER_SHARD = 1024  # 0.1 GB of photographs at 256 pixels
+_MAX_IMAGES_PER_SHARD = 1024  # 0.1 GB of photographs at 256 pixels
 _MIN_IMAGES_PER_SHARD, _NUM_SHARDS = 32, 16  # of a small set
 REPORT = "report.json"
 _SETTINGS, _LOCK = "settings.json", "lock"  # within UNFINISHED, beside a record of each shard
@@ -144,7 +144,7 @@ def _check_settings(folder: Path, out: str, settings: dict[str, Any]) -> bool:
 
 def _shard_size(num_images: int) -> int:
   """Images in each shard: enough shards to share among workers, and not too many files."""
-  return min(max(-(-num_images // _NUM_SHARDS), _MIN_IMAGES_PER_SHARD), MAX_IMAGES_PER_SHARD)
+  return min(max(-(-num_images // _NUM_SHARDS), _MIN_IMAGES_PER_SHARD), _MAX_IMAGES_PER_SHARD)
 
 
 def _found(folder: Path) -> dict[str, Any]:
